@@ -1,0 +1,355 @@
+"""The operators ``torch.ops.hsm_kernels.*``: schemas, shapes, gradients, and the kernels that run without a native library.
+
+One call runs all steps and both directions of one layer. Shapes: ``input`` ``(L, N, I)``, ``h_0`` ``(D, N, Hout)``, ``c_0``
+``(D, N, H)`` (None = zeros), masks bool ``(L, N)``, ``reset_h`` and ``reset_c`` like ``h_0`` and ``c_0``, ``lengths`` int64
+``(N,)`` between 0 and L. Results: ``output`` ``(L, N, D * Hout)``, ``c_states`` ``(L, N, D, H)``, ``gates`` ``(L, N, D, 4 * H)``
+in the order i, f, g, o for LSTM and r, z, n, hidden half of n for GRU. A result that was not asked for has shape ``(0,)``.
+
+The native library adds CPU (and CUDA) kernels for the same operators; they win over the fallback by dispatch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _fallback, reference
+from ._gradients import flat, recurrent_weight_gradient, weight_gradient, without_padding
+from .reference import Weights
+
+NAMESPACE = "hsm_kernels"
+
+_LSTM_WEIGHTS = "weight_ih weight_hh bias_ih bias_hh weight_hr".split()
+_GRU_WEIGHTS = _LSTM_WEIGHTS[:4]
+
+
+def _weight_arguments(names: list[str]) -> str:
+    forward = [f"Tensor{'?' if 'bias' in n or n == 'weight_hr' else ''} {n}" for n in names]
+    return ", ".join(forward + [f"Tensor? {n}_reverse" for n in names])
+
+
+_SCHEMAS = {
+    "lstm_forward": f"(Tensor input, Tensor? h_0, Tensor? c_0, {_weight_arguments(_LSTM_WEIGHTS)}, "
+    "Tensor? reset_mask, Tensor? reset_h, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths, "
+    "bool return_states, bool training) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor c_states, Tensor gates)",
+    "lstm_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_c_states, Tensor c_states, "
+    "Tensor gates, Tensor? c_0, Tensor weight_hh, Tensor? weight_hr, Tensor? weight_hh_reverse, Tensor? weight_hr_reverse, "
+    "Tensor? reset_mask, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths) -> (Tensor grad_gates, Tensor grad_h, "
+    "Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
+    "gru_forward": f"(Tensor input, Tensor? h_0, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_h, "
+    "Tensor? detach_mask, Tensor? lengths, bool training) -> (Tensor output, Tensor h_n, Tensor gates)",
+    "gru_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor output, Tensor gates, Tensor? h_0, Tensor weight_hh, "
+    "Tensor? weight_hh_reverse, Tensor? reset_mask, Tensor? reset_h, Tensor? detach_mask, Tensor? lengths) -> "
+    "(Tensor grad_gates, Tensor grad_h_0, Tensor grad_reset_h)",
+}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _directions(arguments: tuple[Tensor | None, ...]) -> list[Weights]:
+    """Group the flat weight arguments of an operator by direction."""
+    half = len(arguments) // 2
+    groups = [arguments[:half]] if arguments[half] is None else [arguments[:half], arguments[half:]]
+    return [Weights(*group) for group in groups]  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------- fallback kernels
+
+
+def _lstm_forward_fallback(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
+    weights, (reset_mask, reset_h, reset_c, _, lengths, return_states, training) = _directions(rest[:10]), rest[10:]
+    return _fallback.lstm_forward(
+        input, h_0, c_0, weights, reset_mask, reset_h, reset_c, lengths, return_states, training
+    )
+
+
+def _gru_forward_fallback(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]:
+    weights, (reset_mask, reset_h, _, lengths, training) = _directions(rest[:8]), rest[8:]
+    return _fallback.gru_forward(input, h_0, weights, reset_mask, reset_h, lengths, training)
+
+
+def _lstm_backward_fallback(
+    grad_output: Any, grad_h_n: Any, grad_c_n: Any, grad_c_states: Any, c_states: Tensor, gates: Tensor, c_0: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    weight_hh, weight_hr, weight_hh_reverse, weight_hr_reverse, *boundaries = rest
+    weights = [(weight_hh, weight_hr)]
+    if weight_hh_reverse is not None:
+        weights.append((weight_hh_reverse, weight_hr_reverse))
+    return _fallback.lstm_backward(
+        grad_output, grad_h_n, grad_c_n, grad_c_states, c_states, gates, c_0, weights, *boundaries
+    )
+
+
+def _gru_backward_fallback(
+    grad_output: Any, grad_h_n: Any, output: Tensor, gates: Tensor, h_0: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    weight_hh, weight_hh_reverse, *boundaries = rest
+    weights = [weight_hh] if weight_hh_reverse is None else [weight_hh, weight_hh_reverse]
+    return _fallback.gru_backward(grad_output, grad_h_n, output, gates, h_0, weights, *boundaries)
+
+
+# --------------------------------------------------------------------------------------------------------- fake kernels
+
+
+def _lstm_forward_fake(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
+    weights, return_states, training = _directions(rest[:10]), rest[-2], rest[-1]
+    (steps, batch, _), directions = input.shape, len(weights)
+    gate_rows, hidden_out = weights[0].weight_hh.shape
+    hidden = gate_rows // 4
+    keep_c = training or return_states
+    return (
+        input.new_empty(steps, batch, directions * hidden_out),
+        input.new_empty(directions, batch, hidden_out),
+        input.new_empty(directions, batch, hidden),
+        input.new_empty(steps, batch, directions, hidden) if keep_c else input.new_empty(0),
+        input.new_empty(steps, batch, directions, gate_rows) if training else input.new_empty(0),
+    )
+
+
+def _gru_forward_fake(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]:
+    weights, training = _directions(rest[:8]), rest[-1]
+    (steps, batch, _), directions, hidden = input.shape, len(weights), weights[0].weight_hh.size(1)
+    return (
+        input.new_empty(steps, batch, directions * hidden),
+        input.new_empty(directions, batch, hidden),
+        input.new_empty(steps, batch, directions, 4 * hidden) if training else input.new_empty(0),
+    )
+
+
+def _lstm_backward_fake(
+    grad_output: Any, grad_h_n: Any, grad_c_n: Any, grad_c_states: Any, c_states: Tensor, gates: Tensor, c_0: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    weight_hh, weight_hr, reset_mask = rest[0], rest[1], rest[4]
+    (steps, batch, directions, hidden), hidden_out = c_states.shape, weight_hh.size(1)
+    has_resets = reset_mask is not None
+    return (
+        torch.empty_like(gates),
+        gates.new_empty(0) if weight_hr is None else gates.new_empty(steps, batch, directions, hidden_out),
+        gates.new_empty(directions, batch, hidden_out),
+        gates.new_empty(directions, batch, hidden),
+        gates.new_empty(directions, batch, hidden_out) if has_resets else gates.new_empty(0),
+        gates.new_empty(directions, batch, hidden) if has_resets else gates.new_empty(0),
+    )
+
+
+def _gru_backward_fake(
+    grad_output: Any, grad_h_n: Any, output: Tensor, gates: Tensor, h_0: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    weight_hh, reset_mask = rest[0], rest[2]
+    state = (gates.size(2), gates.size(1), weight_hh.size(1))
+    return (
+        torch.empty_like(gates),
+        gates.new_empty(state),
+        gates.new_empty(0) if reset_mask is None else gates.new_empty(state),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- gradients
+
+
+def _save(ctx: Any, tensors: tuple[Tensor | None, ...], gates: Tensor, training: bool) -> None:
+    if not training:
+        raise RuntimeError(f"{NAMESPACE}: gradients were asked for of a call made with training=False; pass training=True")
+    ctx.mark_non_differentiable(gates)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _lstm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    result, _, _, c_states, gates = output
+    _save(ctx, (*inputs[:18], result, c_states, gates), gates, inputs[19])
+
+
+def _lstm_gradients(
+    ctx: Any, grad_output: Any, grad_h_n: Any, grad_c_n: Any, grad_c_states: Any, _: Any
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grads = (grad_output, grad_h_n, grad_c_n, grad_c_states)
+    if torch.is_grad_enabled():
+        return _differentiable(_lstm_reference, saved[:18], grads, ctx.needs_input_grad) + (None, None)
+    input, h_0, c_0 = saved[:3]
+    reset_mask, reset_h, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
+    weights = _directions(saved[3:13])
+    _, weight_hh, _, _, weight_hr, _, weight_hh_reverse, _, _, weight_hr_reverse = saved[3:13]
+    grad_gates, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = torch.ops.hsm_kernels.lstm_backward(
+        *grads, c_states, gates, c_0, weight_hh, weight_hr, weight_hh_reverse, weight_hr_reverse,
+        reset_mask, reset_c, detach_mask, lengths,
+    )  # fmt: skip
+    boundaries = {"reset_mask": reset_mask, "reset_state": reset_h, "lengths": lengths}
+    grad_weights, needs = [], ctx.needs_input_grad
+    for d, w in enumerate(weights):
+        parts = (grad_gates[:, :, d],)
+        grad_weights += _projected_gradients(
+            needs[3 + 5 * d : 7 + 5 * d], parts, parts, input, output.chunk(len(weights), dim=-1)[d], h_0, d, boundaries
+        )
+        needs_hr = w.weight_hr is not None and needs[7 + 5 * d]
+        grad_weights.append(_projection_gradient(grad_h, gates, c_states, d) if needs_hr else None)
+    grad_input = _input_gradient([(grad_gates[:, :, d], w.weight_ih) for d, w in enumerate(weights)]) if needs[0] else None
+    has_resets = reset_h is not None
+    return (
+        grad_input,
+        grad_h_0 if needs[1] else None,
+        grad_c_0 if needs[2] else None,
+        *grad_weights,
+        *[None] * (10 - len(grad_weights)),
+        None,
+        grad_reset_h if has_resets else None,
+        grad_reset_c if has_resets else None,
+        None, None, None, None,
+    )  # fmt: skip
+
+
+def _gru_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    result, _, gates = output
+    _save(ctx, (*inputs[:14], result, gates), gates, inputs[14])
+
+
+def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grads = (grad_output, grad_h_n)
+    if torch.is_grad_enabled():
+        return _differentiable(_gru_reference, saved[:14], grads, ctx.needs_input_grad) + (None,)
+    input, h_0 = saved[:2]
+    reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
+    weights = _directions(saved[2:10])
+    grad_gates, grad_h_0, grad_reset_h = torch.ops.hsm_kernels.gru_backward(
+        *grads, output, gates, h_0, saved[3], saved[7],
+        reset_mask, reset_h, detach_mask, lengths,
+    )  # fmt: skip
+    hidden = weights[0].weight_hh.size(1)
+    boundaries = {"reset_mask": reset_mask, "reset_state": reset_h, "lengths": lengths}
+    grad_weights, needs = [], ctx.needs_input_grad
+    for d in range(len(weights)):
+        grad = grad_gates[:, :, d]
+        input_parts = (grad[..., : 3 * hidden],)
+        hidden_parts = (grad[..., : 2 * hidden], grad[..., 3 * hidden :])
+        grad_weights += _projected_gradients(
+            needs[2 + 4 * d : 6 + 4 * d], input_parts, hidden_parts, input, output.chunk(len(weights), dim=-1)[d], h_0, d,
+            boundaries,
+        )  # fmt: skip
+    pairs = [(grad_gates[:, :, d, : 3 * hidden], w.weight_ih) for d, w in enumerate(weights)]
+    return (
+        _input_gradient(pairs) if needs[0] else None,
+        grad_h_0 if needs[1] else None,
+        *grad_weights,
+        *[None] * (8 - len(grad_weights)),
+        None,
+        grad_reset_h if reset_h is not None else None,
+        None, None, None,
+    )  # fmt: skip
+
+
+def _projected_gradients(
+    needs: tuple[bool, ...],
+    input_parts: tuple[Tensor, ...],
+    hidden_parts: tuple[Tensor, ...],
+    input: Tensor,
+    states: Tensor,
+    h_0: Tensor | None,
+    direction: int,
+    boundaries: dict[str, Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of weight_ih, weight_hh, bias_ih, bias_hh of one direction.
+
+    ``input_parts`` and ``hidden_parts`` are the gate gradients that reach the input product and the recurrent product, cut
+    along the gates where they are not adjacent in memory.
+    """
+    needs_ih, needs_hh, needs_bias_ih, needs_bias_hh = needs
+    at = {**boundaries, "reset_state": _fallback.at(boundaries["reset_state"], direction)}
+    grad_ih = grad_hh = grad_bias_ih = grad_bias_hh = None
+    if needs_ih:
+        inputs = without_padding(input, boundaries["lengths"])
+        grad_ih = _join([weight_gradient(part, inputs) for part in input_parts])
+    if needs_hh:
+        grad_hh = _join(
+            [
+                recurrent_weight_gradient(part, states, _fallback.at(h_0, direction), reverse=direction == 1, **at)
+                for part in hidden_parts
+            ]
+        )
+    if needs_bias_ih:
+        grad_bias_ih = _join([part.sum((0, 1)) for part in input_parts])
+    if needs_bias_hh:
+        same = grad_bias_ih is not None and input_parts is hidden_parts
+        grad_bias_hh = grad_bias_ih if same else _join([part.sum((0, 1)) for part in hidden_parts])
+    return [grad_ih, grad_hh, grad_bias_ih, grad_bias_hh]
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _projection_gradient(grad_h: Tensor, gates: Tensor, c_states: Tensor, direction: int) -> Tensor:
+    """The gradient of weight_hr: what was projected, ``o * tanh(c)``, is computed again rather than stored."""
+    o = gates[:, :, direction].chunk(4, dim=-1)[3]
+    return weight_gradient(grad_h[:, :, direction], o * c_states[:, :, direction].tanh())
+
+
+def _input_gradient(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The gradient of the layer's input, ``(L, N, I)``, from each direction's gate gradients and weight_ih."""
+    (grad, weight_ih), *others = pairs
+    total = flat(grad) @ weight_ih
+    for other, weight in others:
+        total = torch.addmm(total, flat(other), weight)
+    return total.view(*grad.shape[:2], weight_ih.size(1))
+
+
+def _differentiable(
+    forward: Any, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients with a graph of their own (``create_graph=True``): those of the reference, computed again from the inputs."""
+    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and needs[i]]
+    outputs = forward(*inputs)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs],
+        [inputs[i] for i in wanted],
+        [g for _, g in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    by_position = dict(zip(wanted, found, strict=True))
+    return tuple(by_position.get(i) for i in range(len(inputs)))
+
+
+def _lstm_reference(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
+    weights, (reset_mask, reset_h, reset_c, detach_mask, lengths) = _directions(rest[:10]), rest[10:]
+    gate_rows, hidden_out = weights[0].weight_hh.shape
+    return reference.lstm_layer(
+        input,
+        _fallback.initial_or_zeros(h_0, input, len(weights), hidden_out),
+        _fallback.initial_or_zeros(c_0, input, len(weights), gate_rows // 4),
+        weights,
+        _fallback.lstm_boundaries(len(weights), reset_mask, reset_h, reset_c, detach_mask, lengths),
+    )
+
+
+def _gru_reference(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]:
+    weights, (reset_mask, reset_h, detach_mask, lengths) = _directions(rest[:8]), rest[8:]
+    return reference.gru_layer(
+        input,
+        _fallback.initial_or_zeros(h_0, input, len(weights), weights[0].weight_hh.size(1)),
+        weights,
+        _fallback.gru_boundaries(len(weights), reset_mask, reset_h, detach_mask, lengths),
+    )
+
+
+def _refuse_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        f"{NAMESPACE}: the backward operators have no gradient of their own; differentiate the forward operator with "
+        "create_graph=True, which uses the differentiable reference"
+    )
+
+
+_KERNELS = {
+    "lstm_forward": (_lstm_forward_fallback, _lstm_forward_fake, _lstm_gradients, _lstm_setup),
+    "gru_forward": (_gru_forward_fallback, _gru_forward_fake, _gru_gradients, _gru_setup),
+    "lstm_backward": (_lstm_backward_fallback, _lstm_backward_fake, _refuse_backward, None),
+    "gru_backward": (_gru_backward_fallback, _gru_backward_fake, _refuse_backward, None),
+}
+for _name, (_kernel, _fake, _gradients, _setup) in _KERNELS.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradients, setup_context=_setup, lib=_library)
