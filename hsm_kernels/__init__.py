@@ -1,0 +1,35 @@
+"""Fused LSTM and GRU for PyTorch with explicit hidden state: resets, detaches and lengths inside the kernel.
+
+``hsm_kernels.LSTM``, ``GRU``, ``LSTMCell`` and ``GRUCell`` stand in for the modules of :mod:`torch.nn`.
+"""
+
+from . import _library
+from ._library import build_info
+
+_library.load()
+
+from . import _ops, functional, reference  # noqa: E402, F401
+from ._backend import get_backend, set_backend, use_backend  # noqa: E402
+from ._explain import explain  # noqa: E402
+from .convert import Conversion, convert, from_torch, to_torch  # noqa: E402
+from .modules import GRU, LSTM, GRUCell, LSTMCell  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Conversion",
+    "GRUCell",
+    "LSTMCell",
+    "build_info",
+    "convert",
+    "explain",
+    "from_torch",
+    "functional",
+    "get_backend",
+    "reference",
+    "set_backend",
+    "to_torch",
+    "use_backend",
+]

@@ -1,0 +1,110 @@
+"""Which backend runs a call: chosen per process or per call, and explained on request."""
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+#: "auto" takes the best kernel there is, and the reference where there is none.
+BACKENDS = ("auto", "cuda", "cpu", "reference")
+
+_warned: set[str] = set()
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"hsm_kernels: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_current = _checked(os.environ.get("HSM_KERNELS_BACKEND", "auto"))
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of this process: ``"auto"`` (default), ``"cuda"``, ``"cpu"`` or ``"reference"``.
+
+    ``"cuda"`` and ``"cpu"`` raise RuntimeError at a call that they cannot run; ``"auto"`` runs it with the reference after one
+    warning. The environment variable ``HSM_KERNELS_BACKEND`` sets the value at import. Raises ValueError for another name.
+
+    >>> import hsm_kernels as hsm
+    >>> hsm.set_backend("reference")
+    >>> hsm.get_backend()
+    'reference'
+    >>> hsm.set_backend("auto")
+    """
+    global _current
+    _current = _checked(name)
+
+
+def get_backend() -> str:
+    """The backend that :func:`set_backend` chose."""
+    return _current
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a ``with`` block; it holds for all threads of the process, as :func:`set_backend` does.
+
+    >>> import hsm_kernels as hsm
+    >>> with hsm.use_backend("reference"):
+    ...     output, state = hsm.GRU(3, 4)(torch.zeros(5, 2, 3))
+    """
+    previous = get_backend()
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(previous)
+
+
+class Plan(NamedTuple):
+    """Which backend runs a call, and why."""
+
+    backend: str  #: "cuda", "cpu" or "reference"
+    variant: str  #: the kernel's name, or "python" for the reference
+    reason: str
+    fallback: bool = False  #: the reference stands in for a kernel that is missing
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.variant}): {self.reason}"
+
+
+def plan(requested: str | None, device: torch.device, dtype: torch.dtype) -> Plan:
+    """The plan of a call; RuntimeError if a backend was asked for by name and cannot run it."""
+    name = _current if requested is None else _checked(requested)
+    if name == "reference":
+        return Plan("reference", "python", "the reference was asked for")
+    missing = _missing_kernel(device, dtype)
+    if missing is None and name in ("auto", device.type):
+        return Plan(device.type, "native", f"the native library has a kernel for {device.type}")
+    if name == "auto":
+        return Plan("reference", "python", str(missing), fallback=True)
+    reason = missing or f"the input is on {device}"
+    raise RuntimeError(f"hsm_kernels: backend {name!r} was asked for and cannot run this call: {reason}")
+
+
+def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"there are kernels for float64, float32, bfloat16 and float16, the input is {dtype}"
+    if device.type != "cpu":
+        return f"there is no kernel for device type {device.type!r}"
+    if not has_kernel(device.type):
+        return "no native library is loaded; hsm_kernels.build_info() says why"
+    return None
+
+
+@functools.cache
+def has_kernel(device_type: str) -> bool:
+    """Whether the native library brought kernels for a device type. It is loaded once, before the first call."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("hsm_kernels::lstm_forward", device_type.upper()))
+
+
+def warn_once(fallback: Plan) -> None:
+    """Say once per reason that a call runs on the reference although a kernel was wanted."""
+    if fallback.reason not in _warned:
+        _warned.add(fallback.reason)
+        warnings.warn(f"hsm_kernels runs the plain PyTorch reference: {fallback.reason}", RuntimeWarning, stacklevel=2)

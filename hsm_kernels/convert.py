@@ -1,0 +1,107 @@
+"""To and from torch.nn, sharing parameters."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .modules import GRU, LSTM, GRUCell, LSTMCell
+
+__all__ = ["Conversion", "convert", "from_torch", "to_torch"]
+
+_TO_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+}
+_TO_TORCH = {ours: theirs for theirs, ours in _TO_OURS.items()}
+
+
+class Conversion(NamedTuple):
+    """What :func:`convert` did: names of the modules it swapped, and of those it left with the reason."""
+
+    converted: tuple[str, ...]
+    left: dict[str, str]
+
+
+def from_torch(module: nn.Module) -> Any:
+    """The hsm_kernels module that shares the parameters of ``module``, an nn.LSTM, nn.GRU, nn.LSTMCell or nn.GRUCell.
+
+    Raises TypeError for any other type, subclasses included, whose overridden methods would be lost.
+
+    >>> from torch import nn
+    >>> theirs = nn.LSTM(3, 4)
+    >>> ours = from_torch(theirs)
+    >>> ours.weight_hh_l0 is theirs.weight_hh_l0
+    True
+    """
+    return _shared(module, _TO_OURS, "from_torch")
+
+
+def to_torch(module: nn.Module) -> Any:
+    """The torch.nn module that shares the parameters of ``module``, an LSTM, GRU, LSTMCell or GRUCell of hsm_kernels.
+
+    Raises TypeError for any other type.
+
+    >>> ours = LSTM(3, 4)
+    >>> type(to_torch(ours)).__module__
+    'torch.nn.modules.rnn'
+    """
+    return _shared(module, _TO_TORCH, "to_torch")
+
+
+def _shared(module: nn.Module, types: dict[type[nn.Module], type[nn.Module]], who: str) -> nn.Module:
+    if type(module) not in types:
+        names = ", ".join(f"{t.__module__.split('.')[0]} {t.__name__}" for t in types)
+        raise TypeError(f"{who}: expected exactly one of {names}, got {type(module).__name__}")
+    reason = _not_shareable(module)
+    if reason:
+        raise TypeError(f"{who}: {reason}")
+    twin = types[type(module)].__new__(types[type(module)])
+    state = module.__getstate__() if isinstance(module, nn.RNNBase) else module.__dict__  # drops weak references
+    twin.__setstate__({key: value.copy() if isinstance(value, dict) else value for key, value in state.items()})
+    if isinstance(twin, nn.RNNBase):
+        twin._init_flat_weights()
+    return twin
+
+
+def _not_shareable(module: nn.Module) -> str | None:
+    """Why another module cannot stand for this one."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "the module has hooks, which refer to the module itself; remove them first"
+    return None
+
+
+def convert(model: nn.Module) -> Conversion:
+    """Swap every nn.LSTM, nn.GRU, nn.LSTMCell and nn.GRUCell inside ``model`` for ours, in place, sharing its parameters.
+
+    Returns the names of what was converted and of what was left with the reason: subclasses, modules with hooks or
+    parametrizations, and ``model`` itself, which cannot be swapped in place (use :func:`from_torch`).
+
+    >>> from torch import nn
+    >>> model = nn.ModuleDict({"encoder": nn.LSTM(3, 4), "head": nn.Linear(4, 2)})
+    >>> convert(model).converted
+    ('encoder',)
+    """
+    converted: dict[nn.Module, nn.Module] = {}
+    names: list[str] = []
+    left: dict[str, str] = {}
+    if isinstance(model, tuple(_TO_OURS)):
+        left[""] = "the model itself cannot be swapped in place; use from_torch(model)"
+    for parent_name, parent in list(model.named_modules()):
+        for child_name, child in list(parent.named_children()):
+            name = f"{parent_name}.{child_name}" if parent_name else child_name
+            if not isinstance(child, tuple(_TO_OURS)):
+                continue
+            if type(child) not in _TO_OURS:
+                left[name] = f"{type(child).__name__} is a subclass of torch.nn's and may override what it does"
+                continue
+            reason = _not_shareable(child)
+            if reason:
+                left[name] = reason
+                continue
+            if child not in converted:
+                converted[child] = from_torch(child)
+            setattr(parent, child_name, converted[child])
+            names.append(name)
+    return Conversion(tuple(names), left)

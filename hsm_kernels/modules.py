@@ -1,0 +1,300 @@
+"""``LSTM``, ``GRU``, ``LSTMCell``, ``GRUCell``: the modules of torch.nn, with boundaries and explicit state.
+
+They derive from :class:`torch.nn.RNNBase` and :class:`torch.nn.RNNCellBase`, not from :class:`torch.nn.LSTM`, because
+torch.compile refuses every instance of that.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+from .reference import Weights
+
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell"]
+
+
+class _RNN(nn.RNNBase):
+    """What LSTM and GRU share: everything but their state and their function."""
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the weights are read where they are. Kept because callers of torch.nn call it."""
+
+    def check_hidden_size(
+        self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = "Expected hidden size {}, got {}"
+    ) -> None:
+        """RuntimeError unless ``hx`` has the expected size; a batch dimension of 1 stands for any batch."""
+        layers, _, size = expected_hidden_size
+        if hx.size() not in (expected_hidden_size, (layers, 1, size)):
+            raise RuntimeError(msg.format(expected_hidden_size, list(hx.size())))
+
+    def _weights(self) -> list[Weights]:
+        """The parameters as they are now, one entry per layer and direction."""
+        self._update_flat_weights()
+        per_entry, flat = len(self._all_weights[0]), self._flat_weights
+        entries = [flat[k : k + per_entry] for k in range(0, len(flat), per_entry)]
+        if self.bias:
+            return [Weights(*entry) for entry in entries]
+        return [Weights(entry[0], entry[1], None, None, *entry[2:]) for entry in entries]
+
+    def _run(self, function: Any, input: Any, hx: Any, options: dict[str, Any]) -> Any:
+        if isinstance(input, PackedSequence):
+            return self._run_packed(function, input, hx, options)
+        weights = self._weights()
+        if input.dim() in (2, 3):  # the other cases have their message in the function
+            self.check_input(input if input.dim() == 3 else input.unsqueeze(1), None)
+        return function(
+            input,
+            hx,
+            weights,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            **options,
+        )
+
+    def _run_packed(self, function: Any, packed: PackedSequence, hx: Any, options: dict[str, Any]) -> Any:
+        """Run a PackedSequence as padded sequences with lengths, in the order in which it holds them."""
+        given = [name for name, value in options.items() if value is not None and value is not False]
+        refused = [name for name in given if name != "truncated_bptt_steps"]
+        if refused:
+            raise ValueError(
+                f"{self.mode}: {', '.join(refused)} cannot be combined with a PackedSequence, whose time axis is packed; "
+                "pass the padded tensor and lengths instead"
+            )
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        weights = self._weights()
+        self.check_input(data, batch_sizes)
+        padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.numel())  # type: ignore[attr-defined]
+        if hx is not None and sorted_indices is not None:
+            hx = _map_state(hx, lambda part: part if part.size(1) == 1 else part.index_select(1, sorted_indices))
+        output, hx_n = function(
+            padded,
+            hx,
+            weights,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+            lengths=lengths,
+            truncated_bptt_steps=options["truncated_bptt_steps"],
+        )
+        data, _ = torch._VF._pack_padded_sequence(output, lengths, False)  # type: ignore[attr-defined]
+        if unsorted_indices is not None:
+            hx_n = _map_state(hx_n, lambda part: part.index_select(1, unsorted_indices))
+        return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices), hx_n
+
+
+def _map_state(state: Any, function: Any) -> Any:
+    """Apply ``function`` to every tensor of a state, whatever its structure."""
+    if isinstance(state, Tensor):
+        return function(state)
+    return type(state)(None if part is None else _map_state(part, function) for part in state)
+
+
+class LSTM(_RNN):
+    r"""A drop-in for :class:`torch.nn.LSTM`: same constructor, parameters, state_dict and results.
+
+    Args: as :class:`torch.nn.LSTM` - ``input_size``, ``hidden_size``, ``num_layers=1``, ``bias=True``, ``batch_first=False``,
+    ``dropout=0.0``, ``bidirectional=False``, ``proj_size=0``, ``device=None``, ``dtype=None``.
+
+    Raises: as :class:`torch.nn.LSTM`.
+
+    >>> rnn = LSTM(3, 4)
+    >>> output, (h_n, c_n) = rnn(torch.randn(5, 2, 3))
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        reset_mask: Tensor | None = None,
+        reset_hx: Any = None,
+        detach_mask: Tensor | None = None,
+        truncated_bptt_steps: int | None = None,
+        lengths: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        """Run the layers over ``input``; arguments, results, errors and formula are those of :func:`functional.lstm`.
+
+        ``forward(input, hx)`` alone is :class:`torch.nn.LSTM`, PackedSequence included.
+
+        >>> rnn, x = LSTM(3, 4), torch.randn(5, 2, 3)
+        >>> done = torch.zeros(5, 2, dtype=torch.bool)
+        >>> done[2, 0] = True  # sequence 0 starts afresh at step 2
+        >>> output, _ = rnn(x, reset_mask=done)
+        >>> torch.testing.assert_close(output[2:, 0], rnn(x[2:, 0])[0])
+        """
+        options = {
+            "reset_mask": reset_mask,
+            "reset_hx": reset_hx,
+            "detach_mask": detach_mask,
+            "truncated_bptt_steps": truncated_bptt_steps,
+            "lengths": lengths,
+            "return_states": return_states,
+        }
+        return self._run(functional.lstm, input, hx, options)
+
+    def to_torch(self) -> nn.LSTM:
+        """A :class:`torch.nn.LSTM` that shares this module's parameters, for ONNX export, quantization and the like."""
+        from .convert import to_torch
+
+        return to_torch(self)
+
+
+class GRU(_RNN):
+    r"""A drop-in for :class:`torch.nn.GRU`: same constructor, parameters, state_dict and results.
+
+    Args: as :class:`torch.nn.GRU` - ``input_size``, ``hidden_size``, ``num_layers=1``, ``bias=True``, ``batch_first=False``,
+    ``dropout=0.0``, ``bidirectional=False``, ``device=None``, ``dtype=None``.
+
+    Raises: as :class:`torch.nn.GRU`.
+
+    >>> rnn = GRU(3, 4, batch_first=True)
+    >>> output, h_n = rnn(torch.randn(2, 5, 3))
+    >>> output.shape, h_n.shape
+    (torch.Size([2, 5, 4]), torch.Size([1, 2, 4]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        reset_mask: Tensor | None = None,
+        reset_hx: Any = None,
+        detach_mask: Tensor | None = None,
+        truncated_bptt_steps: int | None = None,
+        lengths: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        """Run the layers over ``input``; arguments, results, errors and formula are those of :func:`functional.gru`.
+
+        ``forward(input, hx)`` alone is :class:`torch.nn.GRU`, PackedSequence included.
+
+        >>> rnn, x = GRU(3, 4), torch.randn(5, 2, 3)
+        >>> output, h_n, states = rnn(x, return_states=True)
+        >>> torch.testing.assert_close(states[:, -1], h_n)
+        """
+        options = {
+            "reset_mask": reset_mask,
+            "reset_hx": reset_hx,
+            "detach_mask": detach_mask,
+            "truncated_bptt_steps": truncated_bptt_steps,
+            "lengths": lengths,
+            "return_states": return_states,
+        }
+        return self._run(functional.gru, input, hx, options)
+
+    def to_torch(self) -> nn.GRU:
+        """A :class:`torch.nn.GRU` that shares this module's parameters, for ONNX export, quantization and the like."""
+        from .convert import to_torch
+
+        return to_torch(self)
+
+
+class _Cell(nn.RNNCellBase):
+    """What the cells share: the checks of torch.nn's cells, with their messages."""
+
+    def _check(self, input: Tensor, state: tuple[Tensor, ...] | None) -> None:
+        who = type(self).__name__
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{who}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for k, part in enumerate(state or ()):
+            if part.dim() not in (1, 2):
+                label = f"hx[{k}]" if self._is_lstm else "hidden"
+                raise ValueError(f"{who}: Expected {label} to be 1D or 2D, got {part.dim()}D instead")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {self.input_size}")
+        for k, part in enumerate(state or ()):
+            if input.dim() == 2 and part.dim() == 2 and input.size(0) != part.size(0):
+                raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {part.size(0)}")
+            if part.size(-1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: got {part.size(-1)}, expected {self.hidden_size}"
+                )
+
+    _is_lstm: bool
+
+    def to_torch(self) -> nn.RNNCellBase:
+        """The cell of torch.nn that shares this module's parameters."""
+        from .convert import to_torch
+
+        return to_torch(self)
+
+
+class LSTMCell(_Cell):
+    r"""A drop-in for :class:`torch.nn.LSTMCell`: ``LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)``.
+
+    >>> h, c = LSTMCell(3, 4)(torch.randn(2, 3))
+    >>> h.shape
+    torch.Size([2, 4])
+    """
+
+    _is_lstm = True
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """One step: ``input`` ``(N, I)`` or ``(I,)``, ``hx`` ``(h, c)`` of ``(N, H)`` or ``(H,)`` -> the new ``(h, c)``.
+
+        The formula is that of :func:`functional.lstm_cell`; errors are those of :class:`torch.nn.LSTMCell`.
+        """
+        if isinstance(hx, Tensor) or (hx is not None and len(hx) != 2):
+            given = "a Tensor" if isinstance(hx, Tensor) else f"{len(hx)} entries"
+            raise TypeError(f"LSTMCell: hx must be a pair of Tensors (h, c), got {given}")
+        self._check(input, hx)
+        batched = input.dim() == 2
+        if not batched:
+            input, hx = input.unsqueeze(0), None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        h, c = functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+
+class GRUCell(_Cell):
+    r"""A drop-in for :class:`torch.nn.GRUCell`: ``GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None)``.
+
+    >>> GRUCell(3, 4)(torch.randn(2, 3)).shape
+    torch.Size([2, 4])
+    """
+
+    _is_lstm = False
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step: ``input`` ``(N, I)`` or ``(I,)``, ``hx`` ``(N, H)`` or ``(H,)`` -> the new ``h``.
+
+        The formula is that of :func:`functional.gru_cell`; errors are those of :class:`torch.nn.GRUCell`.
+        """
+        if hx is not None and not isinstance(hx, Tensor):
+            raise TypeError(f"GRUCell: hx must be a Tensor, got {type(hx).__name__}")
+        self._check(input, None if hx is None else (hx,))
+        batched = input.dim() == 2
+        if not batched:
+            input, hx = input.unsqueeze(0), None if hx is None else hx.unsqueeze(0)
+        h = functional.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return h if batched else h.squeeze(0)
