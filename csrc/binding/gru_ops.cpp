@@ -1,0 +1,80 @@
+// hsm_kernels::gru_forward and hsm_kernels::gru_backward on the CPU. Schemas and meanings: hsm_kernels/_ops.py.
+#include "binding/layer.h"
+
+namespace hsm {
+namespace binding {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> gru_forward(
+    Tensor input, MaybeTensor h_0, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih, MaybeTensor bias_hh,
+    MaybeTensor weight_ih_reverse, MaybeTensor weight_hh_reverse, MaybeTensor bias_ih_reverse, MaybeTensor bias_hh_reverse,
+    MaybeTensor reset_mask, MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths, bool training) {
+  const char* op = "gru_forward";
+  STD_TORCH_CHECK(input.dim() == 3, op, ": input must have shape (L, N, I), got ", text(shape_of(input)));
+  const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, {}},
+                                        {weight_ih_reverse, weight_hh_reverse, bias_ih_reverse, bias_hh_reverse, {}});
+  ForwardParams p{};
+  Sizes& z = p.sizes;
+  z = sizes_of(op, CellKind::gru, input, input.size(0), input.size(1), directions.size(), weight_hh, false);
+  const int64_t hidden = z.hidden;
+  Arguments arguments(op, input.scalar_type());
+  p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, {}, detach_mask, lengths);
+  for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
+  p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, hidden});
+
+  Tensor gates = empty(input, {z.steps, z.batch, z.directions, (training ? 4 : 3) * hidden});
+  project_input(op, input, directions, gates);
+  Tensor hidden_gates;
+  if (z.steps == 1) {
+    const Tensor start = h_0 ? *h_0 : torch::stable::new_zeros(input, {z.directions, z.batch, hidden});
+    hidden_gates = project_state(z, directions, start, reset_mask, reset_h);
+    p.hidden_gates = hidden_gates.const_data_ptr();
+  }
+  Tensor output = empty(input, {z.steps, z.batch, z.directions * hidden});
+  Tensor h_n = empty(input, {z.directions, z.batch, hidden});
+  p.gates = gates.mutable_data_ptr();
+  p.gate_columns = gates.size(3);
+  p.save_gates = training;
+  p.output = output.mutable_data_ptr();
+  p.h_n = h_n.mutable_data_ptr();
+  run_on_cpu(cpu::kernels().forward_workspace, cpu::kernels().forward, p);
+  return {output, h_n, training ? gates : empty(input, {0})};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gru_backward(
+    MaybeTensor grad_output, MaybeTensor grad_h_n, Tensor output, Tensor gates, MaybeTensor h_0, Tensor weight_hh,
+    MaybeTensor weight_hh_reverse, MaybeTensor reset_mask, MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths) {
+  const char* op = "gru_backward";
+  STD_TORCH_CHECK(gates.dim() == 4, op, ": gates must have shape (L, N, D, 4 * H), got ", text(shape_of(gates)));
+  const auto directions = directions_of({{}, weight_hh, {}, {}, {}}, {{}, weight_hh_reverse, {}, {}, {}});
+  BackwardParams p{};
+  Sizes& z = p.sizes;
+  z = sizes_of(op, CellKind::gru, gates, gates.size(0), gates.size(1), directions.size(), weight_hh, false);
+  const int64_t hidden = z.hidden;
+  const Shape h_shape{z.directions, z.batch, hidden}, h_steps{z.steps, z.batch, z.directions * hidden};
+  Arguments arguments(op, gates.scalar_type());
+  p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, {}, detach_mask, lengths);
+  for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
+  p.h_0 = arguments.pointer("h_0", h_0, h_shape);
+  p.output = arguments.pointer("output", output, h_steps);
+  p.gates = arguments.pointer("gates", gates, {z.steps, z.batch, z.directions, 4 * hidden});
+  p.grad_output = arguments.pointer("grad_output", grad_output, h_steps);
+  p.grad_h_n = arguments.pointer("grad_h_n", grad_h_n, h_shape);
+
+  Tensor grad_gates = empty(gates, {z.steps, z.batch, z.directions, 4 * hidden});
+  Tensor grad_h_0 = empty(gates, h_shape), grad_reset_h = empty(gates, reset_mask ? h_shape : Shape{0});
+  p.grad_gates = grad_gates.mutable_data_ptr();
+  p.grad_h_0 = grad_h_0.mutable_data_ptr();
+  p.grad_reset_h = grad_reset_h.mutable_data_ptr();
+  run_on_cpu(cpu::kernels().backward_workspace, cpu::kernels().backward, p);
+  return {grad_gates, grad_h_0, grad_reset_h};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hsm_kernels, CPU, m) {
+  m.impl("gru_forward", TORCH_BOX(&gru_forward));
+  m.impl("gru_backward", TORCH_BOX(&gru_backward));
+}
+
+}  // namespace
+}  // namespace binding
+}  // namespace hsm

@@ -1,0 +1,83 @@
+// What the LSTM and GRU operators share: sizes, boundaries and the input projection.
+#pragma once
+
+#include "binding/tensors.h"
+
+namespace hsm {
+namespace binding {
+
+// The parameters of one direction as the operators take them; weight_hr stays empty for GRU.
+struct DirectionTensors {
+  MaybeTensor weight_ih, weight_hh, bias_ih, bias_hh, weight_hr;
+};
+
+// The directions that were given: one, or two if the second has weights.
+inline std::vector<DirectionTensors> directions_of(const DirectionTensors& forward, const DirectionTensors& reverse) {
+  if (!reverse.weight_hh) return {forward};
+  return {forward, reverse};
+}
+
+inline Sizes sizes_of(const char* op, CellKind cell, const Tensor& like, int64_t steps, int64_t batch, size_t directions,
+                      const Tensor& weight_hh, bool projection) {
+  const int gates = cell == CellKind::lstm ? 4 : 3;
+  const int64_t most = 1 << 28;
+  STD_TORCH_CHECK(weight_hh.dim() == 2 && weight_hh.size(0) % gates == 0 && weight_hh.size(0) < most, op,
+                  ": weight_hh must have shape (", gates, " * H, Hout), got ", text(shape_of(weight_hh)));
+  STD_TORCH_CHECK(projection || weight_hh.size(1) * gates == weight_hh.size(0), op, ": weight_hh must have shape (", gates,
+                  " * H, H) without a projection, got ", text(shape_of(weight_hh)));
+  return {cell, scalar_kind(op, like), steps, batch, static_cast<int>(directions), static_cast<int>(weight_hh.size(0) / gates),
+          static_cast<int>(weight_hh.size(1)), projection};
+}
+
+inline Boundaries boundaries_of(Arguments& arguments, const Sizes& z, const MaybeTensor& reset_mask, const MaybeTensor& reset_h,
+                                const MaybeTensor& reset_c, const MaybeTensor& detach_mask, const MaybeTensor& lengths) {
+  Boundaries b{};
+  b.reset_mask = arguments.mask("reset_mask", reset_mask, {z.steps, z.batch}, b.reset_step_stride, b.reset_batch_stride);
+  b.detach_mask = arguments.mask("detach_mask", detach_mask, {z.steps, z.batch}, b.detach_step_stride, b.detach_batch_stride);
+  b.lengths = arguments.lengths(lengths, z.batch);
+  b.reset_h = arguments.pointer("reset_h", reset_h, {z.directions, z.batch, z.hidden_out});
+  b.reset_c = arguments.pointer("reset_c", reset_c, {z.directions, z.batch, z.hidden});
+  return b;
+}
+
+inline Weights weights_of(Arguments& arguments, const Sizes& z, const DirectionTensors& w) {
+  const int64_t rows = (z.cell == CellKind::lstm ? 4 : 3) * static_cast<int64_t>(z.hidden);
+  return {arguments.pointer("weight_hh", w.weight_hh, {rows, z.hidden_out}),
+          arguments.pointer("weight_hr", w.weight_hr, {z.hidden_out, z.hidden}), arguments.pointer("bias_ih", w.bias_ih, {rows}),
+          arguments.pointer("bias_hh", w.bias_hh, {rows})};
+}
+
+// Writes x @ W_ih^T of every direction into the first columns of `gates` (L, N, D, columns).
+inline void project_input(const char* op, const Tensor& input, const std::vector<DirectionTensors>& directions, const Tensor& gates) {
+  const int64_t rows = input.size(0) * input.size(1), columns = gates.size(3);
+  const Tensor x = torch::stable::reshape(input, {rows, input.size(2)});
+  const Tensor all = torch::stable::view(gates, {rows, gates.size(2) * columns});
+  for (size_t d = 0; d < directions.size(); ++d) {
+    const Tensor& w = *directions[d].weight_ih;
+    check_type(op, "weight_ih", w, input.scalar_type());
+    check_shape(op, "weight_ih", w, {directions[d].weight_hh->size(0), input.size(2)});
+    Tensor part = all;
+    multiply_into(x, torch::stable::transpose(w, 0, 1), torch::stable::narrow(part, 1, static_cast<int64_t>(d) * columns, w.size(0)));
+  }
+}
+
+// For one step without projection: h @ W_hh^T by torch's product, (D, N, G * H). Packing the weights would take longer than
+// the step. `h_0` is what enters the step if no reset replaces it.
+inline Tensor project_state(const Sizes& z, const std::vector<DirectionTensors>& directions, const Tensor& h_0,
+                            const MaybeTensor& reset_mask, const MaybeTensor& reset_h) {
+  const int64_t rows = directions[0].weight_hh->size(0);
+  Tensor product = empty(h_0, {z.directions, z.batch, rows});
+  for (int d = 0; d < z.directions; ++d) {
+    Tensor h = torch::stable::select(h_0, 0, d);
+    if (reset_mask && d == 0) {  // the reverse direction starts with its only step and crosses no edge
+      const Tensor replaced = reset_h ? torch::stable::select(*reset_h, 0, d) : torch::stable::new_zeros(h, {z.batch, z.hidden_out});
+      h = where(torch::stable::transpose(*reset_mask, 0, 1), replaced, h);
+    }
+    Tensor out = torch::stable::select(product, 0, d);
+    multiply_into(h, torch::stable::transpose(*directions[d].weight_hh, 0, 1), out);
+  }
+  return product;
+}
+
+}  // namespace binding
+}  // namespace hsm

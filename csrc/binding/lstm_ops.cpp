@@ -1,0 +1,94 @@
+// hsm_kernels::lstm_forward and hsm_kernels::lstm_backward on the CPU. Schemas and meanings: hsm_kernels/_ops.py.
+#include "binding/layer.h"
+
+namespace hsm {
+namespace binding {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
+    Tensor input, MaybeTensor h_0, MaybeTensor c_0, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih, MaybeTensor bias_hh,
+    MaybeTensor weight_hr, MaybeTensor weight_ih_reverse, MaybeTensor weight_hh_reverse, MaybeTensor bias_ih_reverse,
+    MaybeTensor bias_hh_reverse, MaybeTensor weight_hr_reverse, MaybeTensor reset_mask, MaybeTensor reset_h, MaybeTensor reset_c,
+    MaybeTensor detach_mask, MaybeTensor lengths, bool return_states, bool training) {
+  const char* op = "lstm_forward";
+  STD_TORCH_CHECK(input.dim() == 3, op, ": input must have shape (L, N, I), got ", text(shape_of(input)));
+  const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, weight_hr},
+                                        {weight_ih_reverse, weight_hh_reverse, bias_ih_reverse, bias_hh_reverse, weight_hr_reverse});
+  ForwardParams p{};
+  Sizes& z = p.sizes;
+  z = sizes_of(op, CellKind::lstm, input, input.size(0), input.size(1), directions.size(), weight_hh, weight_hr.has_value());
+  Arguments arguments(op, input.scalar_type());
+  p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, reset_c, detach_mask, lengths);
+  for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
+  p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, z.hidden_out});
+  p.c_0 = arguments.pointer("c_0", c_0, {z.directions, z.batch, z.hidden});
+
+  Tensor gates = empty(input, {z.steps, z.batch, z.directions, 4 * static_cast<int64_t>(z.hidden)});
+  project_input(op, input, directions, gates);
+  Tensor hidden_gates;
+  if (z.steps == 1 && !z.projection) {
+    const Tensor start = h_0 ? *h_0 : torch::stable::new_zeros(input, {z.directions, z.batch, z.hidden_out});
+    hidden_gates = project_state(z, directions, start, reset_mask, reset_h);
+    p.hidden_gates = hidden_gates.const_data_ptr();
+  }
+  Tensor output = empty(input, {z.steps, z.batch, z.directions * static_cast<int64_t>(z.hidden_out)});
+  Tensor h_n = empty(input, {z.directions, z.batch, z.hidden_out}), c_n = empty(input, {z.directions, z.batch, z.hidden});
+  const bool keep_c = training || return_states;
+  Tensor c_states = empty(input, keep_c ? Shape{z.steps, z.batch, z.directions, z.hidden} : Shape{0});
+  p.gates = gates.mutable_data_ptr();
+  p.gate_columns = gates.size(3);
+  p.save_gates = training;
+  p.output = output.mutable_data_ptr();
+  p.c_states = keep_c ? c_states.mutable_data_ptr() : nullptr;
+  p.h_n = h_n.mutable_data_ptr();
+  p.c_n = c_n.mutable_data_ptr();
+  run_on_cpu(cpu::kernels().forward_workspace, cpu::kernels().forward, p);
+  return {output, h_n, c_n, c_states, training ? gates : empty(input, {0})};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
+    MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTensor grad_c_n, MaybeTensor grad_c_states, Tensor c_states, Tensor gates,
+    MaybeTensor c_0, Tensor weight_hh, MaybeTensor weight_hr, MaybeTensor weight_hh_reverse, MaybeTensor weight_hr_reverse,
+    MaybeTensor reset_mask, MaybeTensor reset_c, MaybeTensor detach_mask, MaybeTensor lengths) {
+  const char* op = "lstm_backward";
+  STD_TORCH_CHECK(gates.dim() == 4, op, ": gates must have shape (L, N, D, 4 * H), got ", text(shape_of(gates)));
+  const auto directions = directions_of({{}, weight_hh, {}, {}, weight_hr}, {{}, weight_hh_reverse, {}, {}, weight_hr_reverse});
+  BackwardParams p{};
+  Sizes& z = p.sizes;
+  z = sizes_of(op, CellKind::lstm, gates, gates.size(0), gates.size(1), directions.size(), weight_hh, weight_hr.has_value());
+  const int64_t hidden = z.hidden, out = z.hidden_out;
+  const Shape h_shape{z.directions, z.batch, out}, c_shape{z.directions, z.batch, hidden}, c_steps{z.steps, z.batch, z.directions, hidden};
+  Arguments arguments(op, gates.scalar_type());
+  p.boundaries = boundaries_of(arguments, z, reset_mask, {}, reset_c, detach_mask, lengths);
+  for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
+  p.c_0 = arguments.pointer("c_0", c_0, c_shape);
+  p.c_states = arguments.pointer("c_states", c_states, c_steps);
+  p.gates = arguments.pointer("gates", gates, {z.steps, z.batch, z.directions, 4 * hidden});
+  p.grad_output = arguments.pointer("grad_output", grad_output, {z.steps, z.batch, z.directions * out});
+  p.grad_h_n = arguments.pointer("grad_h_n", grad_h_n, h_shape);
+  p.grad_c_n = arguments.pointer("grad_c_n", grad_c_n, c_shape);
+  p.grad_c_states = arguments.pointer("grad_c_states", grad_c_states, c_steps);
+
+  const bool resets = reset_mask.has_value();
+  Tensor grad_gates = empty(gates, {z.steps, z.batch, z.directions, 4 * hidden});
+  Tensor grad_h = empty(gates, z.projection ? Shape{z.steps, z.batch, z.directions, out} : Shape{0});
+  Tensor grad_h_0 = empty(gates, h_shape), grad_c_0 = empty(gates, c_shape);
+  Tensor grad_reset_h = empty(gates, resets ? h_shape : Shape{0}), grad_reset_c = empty(gates, resets ? c_shape : Shape{0});
+  p.grad_gates = grad_gates.mutable_data_ptr();
+  p.grad_h = grad_h.mutable_data_ptr();
+  p.grad_h_0 = grad_h_0.mutable_data_ptr();
+  p.grad_c_0 = grad_c_0.mutable_data_ptr();
+  p.grad_reset_h = grad_reset_h.mutable_data_ptr();
+  p.grad_reset_c = grad_reset_c.mutable_data_ptr();
+  run_on_cpu(cpu::kernels().backward_workspace, cpu::kernels().backward, p);
+  return {grad_gates, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hsm_kernels, CPU, m) {
+  m.impl("lstm_forward", TORCH_BOX(&lstm_forward));
+  m.impl("lstm_backward", TORCH_BOX(&lstm_backward));
+}
+
+}  // namespace
+}  // namespace binding
+}  // namespace hsm

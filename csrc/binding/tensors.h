@@ -1,0 +1,136 @@
+// Tensors of the stable ABI as the kernels take them, and the checks that keep the kernels inside their memory.
+// What users can get wrong is checked in Python, with better words.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/params.h"
+#include "cpu/kernels.h"
+
+namespace hsm {
+namespace binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+inline std::string text(const Shape& shape) {
+  std::string out = "(";
+  for (size_t k = 0; k < shape.size(); ++k) out += (k ? ", " : "") + std::to_string(shape[k]);
+  return out + ")";
+}
+
+inline Shape shape_of(const Tensor& tensor) {
+  Shape shape(tensor.dim());
+  for (int64_t k = 0; k < tensor.dim(); ++k) shape[k] = tensor.size(k);
+  return shape;
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& tensor, const Shape& expected) {
+  STD_TORCH_CHECK(shape_of(tensor) == expected, op, ": ", name, " must have shape ", text(expected), ", got ", text(shape_of(tensor)));
+}
+
+inline void check_shape(const char* op, const char* name, const MaybeTensor& tensor, const Shape& expected) {
+  if (tensor) check_shape(op, name, *tensor, expected);
+}
+
+inline void check_type(const char* op, const char* name, const Tensor& tensor, ScalarType expected) {
+  STD_TORCH_CHECK(tensor.scalar_type() == expected, op, ": ", name, " must have the dtype of the other tensors");
+  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU like the other tensors");
+}
+
+inline ScalarKind scalar_kind(const char* op, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return ScalarKind::float64;
+    case ScalarType::Float: return ScalarKind::float32;
+    case ScalarType::BFloat16: return ScalarKind::bfloat16;
+    case ScalarType::Half: return ScalarKind::float16;
+    default: STD_TORCH_CHECK(false, op, ": dtype must be float64, float32, bfloat16 or float16");
+  }
+}
+
+// Checks arguments of one call, and keeps the contiguous copies alive whose pointers it hands out.
+class Arguments {
+ public:
+  Arguments(const char* op, ScalarType dtype) : op_(op), dtype_(dtype) {}
+
+  const void* pointer(const char* name, const Tensor& tensor, const Shape& shape) {
+    return keep(name, tensor, shape, dtype_).const_data_ptr();
+  }
+  const void* pointer(const char* name, const MaybeTensor& tensor, const Shape& shape) {
+    return tensor ? pointer(name, *tensor, shape) : nullptr;
+  }
+  const int64_t* lengths(const MaybeTensor& tensor, int64_t batch) {
+    return tensor ? static_cast<const int64_t*>(keep("lengths", *tensor, {batch}, ScalarType::Long).const_data_ptr()) : nullptr;
+  }
+  // A mask keeps its strides: it may be a transposed or an expanded view.
+  const bool* mask(const char* name, const MaybeTensor& tensor, const Shape& shape, int64_t& step_stride, int64_t& batch_stride) {
+    if (!tensor) return nullptr;
+    check_shape(op_, name, *tensor, shape);
+    check_type(op_, name, *tensor, ScalarType::Bool);
+    step_stride = tensor->stride(0);
+    batch_stride = tensor->stride(1);
+    return static_cast<const bool*>(tensor->const_data_ptr());
+  }
+
+ private:
+  const Tensor& keep(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) {
+    check_shape(op_, name, tensor, shape);
+    check_type(op_, name, tensor, dtype);
+    kept_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    return kept_.back();
+  }
+
+  const char* op_;
+  ScalarType dtype_;
+  std::vector<Tensor> kept_;
+};
+
+inline Tensor empty(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
+
+// out = a @ b, by torch's own matrix product.
+inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that was returned
+}
+
+inline Tensor where(const Tensor& condition, const Tensor& yes, const Tensor& no) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(condition), torch::stable::detail::from(yes), torch::stable::detail::from(no)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::where", "self", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// torch's thread pool.
+inline cpu::Threads threads() {
+  const auto parallel_for = [](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+  };
+  return {static_cast<int>(torch::stable::get_num_threads()), parallel_for};
+}
+
+// Runs one pass with a workspace from torch's allocator.
+template <class Params>
+void run_on_cpu(size_t (*workspace_bytes)(const Params&, const cpu::Threads&), void (*run)(const Params&, const cpu::Threads&, void*),
+                const Params& params) {
+  const cpu::Threads pool = threads();
+  constexpr size_t alignment = 64;
+  const size_t bytes = workspace_bytes(params, pool) + alignment;
+  Tensor workspace = torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  const uintptr_t start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  run(params, pool, reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment));
+}
+
+}  // namespace binding
+}  // namespace hsm

@@ -1,0 +1,75 @@
+// The equations of one LSTM and one GRU unit, forward and backward: the only place where they stand in C++.
+//
+// S is what one unit's numbers are held in: a float or double on a GPU, a vector of neighbouring units on a CPU.
+// Math brings `static S sigmoid(S)` and `static S tanh(S)` for it.
+#pragma once
+
+#ifdef __CUDACC__
+#define HSM_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HSM_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace hsm {
+
+template <class S>
+struct LstmGates {
+  S i, f, g, o;
+};
+
+// pre: the pre-activations i, f, g, o. c: the new cell state. m: o * tanh(c), the hidden state before a projection.
+template <class Math, class S>
+HSM_HOST_DEVICE void lstm_cell_forward(const S (&pre)[4], S c_prev, LstmGates<S>& gates, S& c, S& m) {
+  gates.i = Math::sigmoid(pre[0]);
+  gates.f = Math::sigmoid(pre[1]);
+  gates.g = Math::tanh(pre[2]);
+  gates.o = Math::sigmoid(pre[3]);
+  c = gates.f * c_prev + gates.i * gates.g;
+  m = gates.o * Math::tanh(c);
+}
+
+// grad_m, grad_c: gradients of m and of the new cell state from everything behind this step.
+// grad_pre: gradients of the pre-activations i, f, g, o.
+template <class Math, class S>
+HSM_HOST_DEVICE void lstm_cell_backward(
+    const LstmGates<S>& gates, S c_prev, S c, S grad_m, S grad_c, S (&grad_pre)[4], S& grad_c_prev) {
+  const S tanh_c = Math::tanh(c);
+  const S d = grad_c + grad_m * gates.o * (1 - tanh_c * tanh_c);
+  grad_pre[0] = d * gates.g * gates.i * (1 - gates.i);
+  grad_pre[1] = d * c_prev * gates.f * (1 - gates.f);
+  grad_pre[2] = d * gates.i * (1 - gates.g * gates.g);
+  grad_pre[3] = grad_m * tanh_c * gates.o * (1 - gates.o);
+  grad_c_prev = d * gates.f;
+}
+
+// h_n is the hidden half of the candidate, W_hn h + b_hn.
+template <class S>
+struct GruGates {
+  S r, z, n, h_n;
+};
+
+// x: the input halves of r, z, n. h: the hidden halves.
+template <class Math, class S>
+HSM_HOST_DEVICE void gru_cell_forward(
+    const S (&x)[3], const S (&h)[3], S h_prev, GruGates<S>& gates, S& h_next) {
+  gates.r = Math::sigmoid(x[0] + h[0]);
+  gates.z = Math::sigmoid(x[1] + h[1]);
+  gates.h_n = h[2];
+  gates.n = Math::tanh(x[2] + gates.r * gates.h_n);
+  h_next = gates.n + gates.z * (h_prev - gates.n);
+}
+
+// grad_pre: gradients of r, z, the input half of n and the hidden half of n.
+// grad_h_direct: what reaches the previous hidden state beside the recurrent product.
+template <class S>
+HSM_HOST_DEVICE void gru_cell_backward(
+    const GruGates<S>& gates, S h_prev, S grad_h, S (&grad_pre)[4], S& grad_h_direct) {
+  const S d_n = grad_h * (1 - gates.z) * (1 - gates.n * gates.n);
+  grad_pre[0] = d_n * gates.h_n * gates.r * (1 - gates.r);
+  grad_pre[1] = grad_h * (h_prev - gates.n) * gates.z * (1 - gates.z);
+  grad_pre[2] = d_n;
+  grad_pre[3] = d_n * gates.r;
+  grad_h_direct = grad_h * gates.z;
+}
+
+}  // namespace hsm

@@ -1,0 +1,85 @@
+// What the binding hands to the kernels: plain sizes and pointers, no framework types.
+//
+// L steps, N sequences, D directions, H hidden units, Hout = P with a projection and H without, G gates (4 LSTM, 3 GRU).
+// Unless strides are given, tensors are contiguous in the order named. All pointers are borrowed: the caller allocates
+// and frees. `const void*` and `void*` hold elements of `dtype`. Null means "not given" (zeros for a state).
+#pragma once
+
+#include <cstdint>
+
+namespace hsm {
+
+enum class CellKind { lstm, gru };
+enum class ScalarKind { float64, float32, bfloat16, float16 };
+
+constexpr int max_directions = 2;
+
+// Where sequences are cut. Entry [t, n] of a mask is the edge between step t - 1 and step t of sequence n.
+struct Boundaries {
+  const bool* reset_mask;  // (L, N) with strides, or null
+  int64_t reset_step_stride, reset_batch_stride;
+  const bool* detach_mask;  // (L, N) with strides, or null; read in backward only
+  int64_t detach_step_stride, detach_batch_stride;
+  const int64_t* lengths;  // (N,), each between 0 and L, or null
+  const void* reset_h;     // (D, N, Hout) or null
+  const void* reset_c;     // (D, N, H) or null; LSTM
+};
+
+struct Sizes {
+  CellKind cell;
+  ScalarKind dtype;
+  int64_t steps, batch;
+  int directions, hidden, hidden_out;
+  bool projection;
+};
+
+// One direction's parameters.
+struct Weights {
+  const void* weight_hh;  // (G * H, Hout)
+  const void* weight_hr;  // (P, H) or null
+  const void* bias_ih;    // (G * H,) or null
+  const void* bias_hh;    // (G * H,) or null
+};
+
+struct ForwardParams {
+  Sizes sizes;
+  Boundaries boundaries;
+  Weights weights[max_directions];
+  const void* h_0;  // (D, N, Hout) or null
+  const void* c_0;  // (D, N, H) or null; LSTM
+  // (L, N, D, gate_columns), gate_columns >= G * H. On entry the first G * H columns hold x @ W_ih^T, without bias.
+  // With save_gates (gate_columns = 4 * H) they leave holding the activated gates: i, f, g, o or r, z, n, hidden half of n.
+  void* gates;
+  int64_t gate_columns;
+  bool save_gates;
+  // (D, N, G * H), h @ W_hh^T of the only step, or null to have the kernel compute it. Only for L = 1 without projection.
+  const void* hidden_gates;
+  void* output;    // (L, N, D * Hout)
+  void* c_states;  // (L, N, D, H) or null; LSTM
+  void* h_n;       // (D, N, Hout)
+  void* c_n;       // (D, N, H); LSTM
+};
+
+struct BackwardParams {
+  Sizes sizes;
+  Boundaries boundaries;
+  Weights weights[max_directions];  // biases are not read
+  const void* h_0;                  // (D, N, Hout) or null; GRU
+  const void* c_0;                  // (D, N, H) or null; LSTM
+  const void* output;               // (L, N, D * Hout); GRU
+  const void* c_states;             // (L, N, D, H); LSTM
+  const void* gates;                // (L, N, D, 4 * H) as the forward pass left them
+  const void* grad_output;          // (L, N, D * Hout) or null
+  const void* grad_h_n;             // (D, N, Hout) or null
+  const void* grad_c_n;             // (D, N, H) or null; LSTM
+  const void* grad_c_states;        // (L, N, D, H) or null; LSTM
+  // Results. Gradients of the pre-activations, (L, N, D, 4 * H): i, f, g, o or r, z, input half of n, hidden half of n.
+  void* grad_gates;
+  void* grad_h;        // (L, N, D, Hout): of every step's h; with a projection only, else null
+  void* grad_h_0;      // (D, N, Hout)
+  void* grad_c_0;      // (D, N, H); LSTM
+  void* grad_reset_h;  // (D, N, Hout) with a reset mask, else null
+  void* grad_reset_c;  // (D, N, H) with a reset mask, else null; LSTM
+};
+
+}  // namespace hsm

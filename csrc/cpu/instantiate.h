@@ -1,0 +1,52 @@
+// Defines the kernel table of the instruction set that HSM_ISA names.
+#pragma once
+
+#include "cpu/backward.h"
+#include "cpu/forward.h"
+#include "cpu/kernels.h"
+
+namespace hsm {
+namespace cpu {
+namespace HSM_ISA {
+
+// Calls visit(Pass<T, cell>(params, ...)) for the element type and cell of the parameters.
+template <template <class, CellKind> class Pass, class Params, class Visit>
+void dispatch(const Params& params, const Threads& threads, void* workspace, Visit visit) {
+  const auto of_type = [&](auto element) {
+    using T = decltype(element);
+    if (params.sizes.cell == CellKind::lstm) {
+      Pass<T, CellKind::lstm> pass(params, threads, workspace);
+      visit(pass);
+    } else {
+      Pass<T, CellKind::gru> pass(params, threads, workspace);
+      visit(pass);
+    }
+  };
+  switch (params.sizes.dtype) {
+    case ScalarKind::float64: return of_type(double());
+    case ScalarKind::float32: return of_type(float());
+    case ScalarKind::bfloat16: return of_type(BFloat16());
+    case ScalarKind::float16: return of_type(Float16());
+  }
+}
+
+template <template <class, CellKind> class Pass, class Params>
+size_t workspace_of(const Params& params, const Threads& threads) {
+  size_t bytes = 0;
+  dispatch<Pass>(params, threads, nullptr, [&](auto& pass) { bytes = pass.workspace_bytes(); });
+  return bytes;
+}
+
+template <template <class, CellKind> class Pass, class Params>
+void run_pass(const Params& params, const Threads& threads, void* workspace) {
+  dispatch<Pass>(params, threads, workspace, [](auto& pass) { pass.run(); });
+}
+
+#define HSM_STRING_(name) #name
+#define HSM_STRING(name) HSM_STRING_(name)
+const Kernels table = {HSM_STRING(HSM_ISA), workspace_of<Forward, ForwardParams>, run_pass<Forward, ForwardParams>,
+                       workspace_of<Backward, BackwardParams>, run_pass<Backward, BackwardParams>};
+
+}  // namespace HSM_ISA
+}  // namespace cpu
+}  // namespace hsm

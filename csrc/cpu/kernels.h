@@ -1,0 +1,38 @@
+// The CPU kernels as the binding sees them: one table per instruction set, the best one chosen at run time.
+#pragma once
+
+#include <cstddef>
+
+#include "common/params.h"
+#include "cpu/threads.h"
+
+namespace hsm {
+namespace cpu {
+
+// Each pass first says how many bytes of workspace it needs for the same parameters and threads. The workspace must be
+// aligned to 64 bytes; its contents do not matter.
+struct Kernels {
+  const char* instruction_set;
+  size_t (*forward_workspace)(const ForwardParams&, const Threads&);
+  void (*forward)(const ForwardParams&, const Threads&, void* workspace);
+  size_t (*backward_workspace)(const BackwardParams&, const Threads&);
+  void (*backward)(const BackwardParams&, const Threads&, void* workspace);
+};
+
+// The kernels for this machine; HSM_KERNELS_CPU_ISA=portable|avx2|avx512 caps the choice.
+const Kernels& kernels();
+
+namespace portable {
+extern const Kernels table;
+}
+#ifdef __x86_64__
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+#endif
+
+}  // namespace cpu
+}  // namespace hsm

@@ -1,0 +1,125 @@
+// The product inside the recurrence: a few rows of states times one block of packed weights.
+//
+// A matrix W of `depth` rows (what is summed over) is packed in blocks of up to `columns * lanes` outputs: block after block,
+// and in a block one group of `columns` vectors per row of W. Outputs behind the end are zero.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace hsm {
+namespace cpu {
+namespace HSM_ISA {
+
+// Rows that share one pass over the weights: accumulators, weights and one broadcast value must fit the registers.
+#if HSM_VECTOR_REGISTERS >= 32
+constexpr int max_rows = 6;
+#else
+constexpr int max_rows = 2;
+#endif
+constexpr int max_columns = 4;
+
+template <class A, int rows, int columns>
+HSM_INLINE void multiply_rows(const A* state, int64_t state_stride, const A* packed, int64_t depth, A* result) {
+  constexpr int width = lanes<A>();
+  // One row alone would wait for each addition: it gets a second set of sums for every other step.
+  constexpr int chains = rows == 1 ? 2 : 1;
+  Vector<A> sums[chains][rows][columns];
+#pragma GCC unroll 2
+  for (int s = 0; s < chains; ++s)
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < columns; ++v) sums[s][r][v] = Vector<A>{};
+  int64_t k = 0;
+  for (; k + chains <= depth; k += chains) {
+#pragma GCC unroll 2
+    for (int s = 0; s < chains; ++s) {
+      Vector<A> weights[columns];
+#pragma GCC unroll 4
+      for (int v = 0; v < columns; ++v) memcpy(&weights[v], packed + ((k + s) * columns + v) * width, sizeof(Vector<A>));
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const A value = state[r * state_stride + k + s];
+#pragma GCC unroll 4
+        for (int v = 0; v < columns; ++v) sums[s][r][v] += weights[v] * value;
+      }
+    }
+  }
+  if (chains > 1 && k < depth)  // the last of an odd number of steps
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < columns; ++v) {
+        Vector<A> weights;
+        memcpy(&weights, packed + (k * columns + v) * width, sizeof weights);
+        sums[0][r][v] += weights * state[r * state_stride + k];
+      }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < columns; ++v) {
+      Vector<A> sum = sums[0][r][v];
+      if (chains == 2) sum += sums[chains - 1][r][v];
+      memcpy(result + (r * columns + v) * width, &sum, sizeof sum);
+    }
+}
+
+template <class A, int columns>
+void multiply_block(int rows, const A* state, int64_t state_stride, const A* packed, int64_t depth, A* result) {
+  static_assert(max_rows <= 6, "the switch below lists every number of rows");
+  switch (rows) {
+    case 1: return multiply_rows<A, 1, columns>(state, state_stride, packed, depth, result);
+    case 2: return multiply_rows<A, 2, columns>(state, state_stride, packed, depth, result);
+#if HSM_VECTOR_REGISTERS >= 32
+    case 3: return multiply_rows<A, 3, columns>(state, state_stride, packed, depth, result);
+    case 4: return multiply_rows<A, 4, columns>(state, state_stride, packed, depth, result);
+    case 5: return multiply_rows<A, 5, columns>(state, state_stride, packed, depth, result);
+    case 6: return multiply_rows<A, 6, columns>(state, state_stride, packed, depth, result);
+#endif
+  }
+}
+
+// result (rows, columns * lanes) = state (rows, depth) @ one packed block.
+template <class A>
+HSM_INLINE void multiply_tile(
+    int rows, int columns, const A* state, int64_t state_stride, const A* packed, int64_t depth, A* result) {
+  switch (columns) {
+    case 1: return multiply_block<A, 1>(rows, state, state_stride, packed, depth, result);
+    case 2: return multiply_block<A, 2>(rows, state, state_stride, packed, depth, result);
+    case 3: return multiply_block<A, 3>(rows, state, state_stride, packed, depth, result);
+    case 4: return multiply_block<A, 4>(rows, state, state_stride, packed, depth, result);
+  }
+}
+
+// Packs rows of W (outputs, depth) as one vector of outputs per column of W: sums run over the columns, states @ W^T. The rows
+// are `first` and the ones behind it, up to `count`, at column k the vector `packed + k * stride`.
+template <class T, class A>
+void pack_transposed(const T* w, int64_t depth, int64_t first, int count, int64_t stride, A* packed) {
+  constexpr int width = lanes<A>();
+  T square[width][width];
+  const T* rows = w + first * depth;
+  for (int64_t k = 0; k < depth; k += width) {
+    // A square of `width` rows and columns at a time, so that every line of memory is touched once.
+    const int columns = static_cast<int>(smaller(width, depth - k));
+    for (int j = 0; j < width; ++j)
+      for (int c = 0; c < width; ++c) square[c][j] = j < count && c < columns ? rows[j * depth + k + c] : T();
+    for (int c = 0; c < columns; ++c) store<A>(load(square[c]), packed + (k + c) * stride);
+  }
+}
+
+// Packs the columns `first` and the ones behind it, `columns` vectors of them, of W (depth, outputs): sums run over the rows of
+// W, gradients @ W.
+template <class T, class A>
+void pack_straight(const T* w, int64_t outputs, int64_t depth, int64_t first, int columns, A* packed) {
+  constexpr int width = lanes<A>();
+  for (int64_t k = 0; k < depth; ++k)
+    for (int v = 0; v < columns; ++v) {
+      const int64_t at = first + v * width;
+      const Vector<A> vector = at < outputs ? load(w + k * outputs + at, static_cast<int>(smaller(width, outputs - at))) : Vector<A>{};
+      store(vector, packed + (k * columns + v) * width);
+    }
+}
+
+}  // namespace HSM_ISA
+}  // namespace cpu
+}  // namespace hsm
