@@ -10,8 +10,8 @@ _library.load()
 
 from . import _ops, functional, reference  # noqa: E402, F401
 from ._backend import get_backend, set_backend, use_backend  # noqa: E402
+from ._conversion import Conversion, convert, from_torch, to_torch  # noqa: E402
 from ._explain import explain  # noqa: E402
-from .convert import Conversion, convert, from_torch, to_torch  # noqa: E402
 from .modules import GRU, LSTM, GRUCell, LSTMCell  # noqa: E402
 
 __version__ = "0.1.0"

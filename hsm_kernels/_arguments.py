@@ -58,7 +58,9 @@ def time_major_mask(
             + ("; use mask.t()" if tuple(mask.shape) == shape.mask_shape[::-1] else "")
         )
     if mask.device != device:
-        raise ValueError(f"{who}: {name} must be on the input's device {device}, got {mask.device}; use {name}.to(input.device)")
+        raise ValueError(
+            f"{who}: {name} must be on the input's device {device}, got {mask.device}; use {name}.to(input.device)"
+        )
     if not shape.batched:
         return mask[:, None]
     return mask.t() if shape.batch_first else mask
@@ -71,7 +73,7 @@ def combined_detach_mask(
     shape: SequenceShape,
     device: torch.device,
 ) -> Tensor | None:
-    """``detach_mask`` ORed with a detach at steps k, 2k, ... for ``truncated_bptt_steps=k``; bool ``(L, N)`` or None."""
+    """``detach_mask`` ORed with a detach at steps k, 2k, ... for ``truncated_bptt_steps=k``: bool ``(L, N)``."""
     mask = time_major_mask(who, "detach_mask", detach_mask, shape, device)
     if truncated_bptt_steps is None:
         return mask
@@ -90,7 +92,9 @@ def checked_lengths(who: str, lengths: Tensor | None, shape: SequenceShape, devi
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor):
-        raise TypeError(f"{who}: lengths must be an integer tensor, got {type(lengths).__name__}; use torch.tensor(lengths)")
+        raise TypeError(
+            f"{who}: lengths must be an integer tensor, got {type(lengths).__name__}; use torch.tensor(lengths)"
+        )
     if lengths.dtype not in _INTEGERS:
         raise TypeError(f"{who}: lengths must be an integer tensor, got {lengths.dtype}; use lengths.long()")
     expected = (shape.batch,) if shape.batched else ()
@@ -109,8 +113,8 @@ def per_layer_states(
 ) -> tuple[list[LayerState], bool]:
     """A state argument as one entry per layer, and whether it came as a per-layer list.
 
-    ``state`` is None (zeros), a state of all layers (a tensor, or a pair for LSTM), or a list with one entry per layer. The
-    batch dimension may be 1: it is expanded.
+    ``state`` is None (zeros), a state of all layers (a tensor, or a pair for LSTM), or a list with one entry per
+    layer. The batch dimension may be 1: it is expanded.
     """
     if state is None:
         return [None] * spec.layers, False
@@ -143,25 +147,35 @@ def _checked(name: str, state: object, spec: StateSpec, shape: SequenceShape, li
     """One state as a tuple of ``(rows, N, size)`` tensors, with the errors of torch.nn where torch.nn has them."""
     parts = _parts(name, state, spec)
     dims = 3 if shape.batched else 2
-    if any(part.dim() != dims for part in parts):
+    if name.startswith("hx") and any(part.dim() != dims for part in parts):
         raise RuntimeError(_dimension_message(parts, dims))
-    if not shape.batched:
-        parts = tuple(part.unsqueeze(1) for part in parts)
+    checked = []
     for k, (part, size) in enumerate(zip(parts, spec.sizes, strict=True)):
-        expected = (rows, shape.batch, size)
-        if part.shape != expected and part.shape != (rows, 1, size):
-            label = "hidden" if name == "hx" else name
-            which = f"{label}[{k}] size" if len(parts) == 2 else f"{label} size"
-            raise RuntimeError(f"Expected {which} {expected}, got {list(part.shape)}")
         if part.dtype != like.dtype:
             raise ValueError(
                 f"{spec.who}: {name} must have the input's dtype {like.dtype}, got {part.dtype}; use .to({like.dtype})"
             )
         if part.device != like.device:
             raise ValueError(
-                f"{spec.who}: {name} must be on the input's device {like.device}, got {part.device}; use .to(input.device)"
+                f"{spec.who}: {name} must be on the input's device {like.device}, got {part.device}; "
+                "use .to(input.device)"
             )
-    return tuple(part.expand(rows, shape.batch, size) for part, size in zip(parts, spec.sizes, strict=True))
+        batched = part if shape.batched else part.unsqueeze(1)
+        if batched.shape not in ((rows, shape.batch, size), (rows, 1, size)):
+            raise _size_error(name, k, part, (rows, shape.batch, size), spec, shape.batched)
+        checked.append(batched.expand(rows, shape.batch, size))
+    return tuple(checked)
+
+
+def _size_error(
+    name: str, k: int, part: Tensor, expected: tuple[int, ...], spec: StateSpec, batched: bool
+) -> RuntimeError | ValueError:
+    which = f"{name}[{k}]" if len(spec.sizes) == 2 else name
+    if name.startswith("hx"):
+        which = which.replace("hx", "hidden", 1) if name == "hx" else which
+        return RuntimeError(f"Expected {which} size {expected}, got {list((part if batched else part[:, None]).shape)}")
+    wanted = expected if batched else (expected[0], expected[2])
+    return ValueError(f"{spec.who}: {which} must have shape {wanted}, got {tuple(part.shape)}")
 
 
 def _parts(name: str, state: object, spec: StateSpec) -> State:

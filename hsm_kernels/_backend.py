@@ -1,13 +1,14 @@
 """Which backend runs a call: chosen per process or per call, and explained on request."""
 
 import contextlib
-import functools
 import os
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+from . import _library
 
 #: "auto" takes the best kernel there is, and the reference where there is none.
 BACKENDS = ("auto", "cuda", "cpu", "reference")
@@ -27,8 +28,9 @@ _current = _checked(os.environ.get("HSM_KERNELS_BACKEND", "auto"))
 def set_backend(name: str) -> None:
     """Choose the backend of this process: ``"auto"`` (default), ``"cuda"``, ``"cpu"`` or ``"reference"``.
 
-    ``"cuda"`` and ``"cpu"`` raise RuntimeError at a call that they cannot run; ``"auto"`` runs it with the reference after one
-    warning. The environment variable ``HSM_KERNELS_BACKEND`` sets the value at import. Raises ValueError for another name.
+    ``"cuda"`` and ``"cpu"`` raise RuntimeError at a call that they cannot run; ``"auto"`` runs it with the reference
+    after one warning. The environment variable ``HSM_KERNELS_BACKEND`` sets the value at import. Raises ValueError for
+    another name.
 
     >>> import hsm_kernels as hsm
     >>> hsm.set_backend("reference")
@@ -92,19 +94,21 @@ def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"there are kernels for float64, float32, bfloat16 and float16, the input is {dtype}"
     if device.type != "cpu":
         return f"there is no kernel for device type {device.type!r}"
-    if not has_kernel(device.type):
+    if not _library.build_info().loaded:
         return "no native library is loaded; hsm_kernels.build_info() says why"
     return None
 
 
-@functools.cache
-def has_kernel(device_type: str) -> bool:
-    """Whether the native library brought kernels for a device type. It is loaded once, before the first call."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("hsm_kernels::lstm_forward", device_type.upper()))
+def chooses_reference(requested: str | None, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a call runs :mod:`hsm_kernels.reference` by choice.
 
-
-def warn_once(fallback: Plan) -> None:
-    """Say once per reason that a call runs on the reference although a kernel was wanted."""
-    if fallback.reason not in _warned:
-        _warned.add(fallback.reason)
-        warnings.warn(f"hsm_kernels runs the plain PyTorch reference: {fallback.reason}", RuntimeWarning, stacklevel=2)
+    Otherwise it runs the operators, which fall back to the reference where there is no kernel. That is said once per
+    reason; that no library is loaded was said at import.
+    """
+    if requested is None and _current == "auto" and device.type == "cpu":
+        return False
+    chosen = plan(requested, device, dtype)
+    if chosen.fallback and device.type != "cpu" and chosen.reason not in _warned:
+        _warned.add(chosen.reason)
+        warnings.warn(f"hsm_kernels runs the plain PyTorch reference: {chosen.reason}", RuntimeWarning, stacklevel=5)
+    return chosen.backend == "reference" and not chosen.fallback

@@ -13,8 +13,9 @@ from ._backend import Plan
 def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **options: Any) -> Plan:
     """The backend, kernel variant and reason that ``rnn(input, hx, **options)`` would run with; nothing is computed.
 
-    ``rnn`` is a module of hsm_kernels, ``input`` what it would be called with; ``options`` are the keyword arguments of its
-    forward. Raises TypeError for another module, RuntimeError if :func:`set_backend` asked for a backend that cannot run it.
+    ``rnn`` is a module of hsm_kernels, ``input`` what it would be called with; ``options`` are the keyword arguments
+    of its forward. Raises TypeError for another module, RuntimeError if :func:`set_backend` asked for a backend that
+    cannot run it.
 
     >>> import hsm_kernels as hsm
     >>> with hsm.use_backend("reference"):
@@ -25,7 +26,9 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
 
     ours = (modules.LSTM, modules.GRU, modules.LSTMCell, modules.GRUCell)
     if not isinstance(rnn, ours):
-        raise TypeError(f"explain: rnn must be a module of hsm_kernels, got {type(rnn).__name__}; see hsm_kernels.convert")
+        raise TypeError(
+            f"explain: rnn must be a module of hsm_kernels, got {type(rnn).__name__}; see hsm_kernels.convert"
+        )
     data = input.data if isinstance(input, PackedSequence) else input
     autocast = torch.is_autocast_enabled(data.device.type)
     dtype = torch.get_autocast_dtype(data.device.type) if autocast else data.dtype

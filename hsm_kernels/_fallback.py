@@ -107,7 +107,12 @@ def _entering(
     """The hidden state that entered each step, per direction."""
     return [
         previous_states(
-            h, h_0[d], reset_mask=reset_mask, reset_state=at(reset_h, d), lengths=lengths, reverse=d == 1
+            h,
+            h_0[d],
+            reset_mask=reset_mask,
+            reset_state=at(reset_h, d),
+            lengths=lengths,
+            reverse=d == 1,
         )
         for d, h in enumerate(output.chunk(directions, dim=-1))
     ]
@@ -133,7 +138,7 @@ def _gru_gates(input: Tensor, h: Tensor, weights: Weights) -> Tensor:
     return torch.cat([r, (x_z + h_z).sigmoid(), (x_n + r * h_n).tanh(), h_n], dim=-1)
 
 
-#: One backward step: (step, gradients of the state that left it) -> (gradients of the state that entered it, what to keep).
+#: (step, gradients of the state that left it) -> (gradients of the state that entered it, what to keep).
 BackwardStep = Callable[[int, State], tuple[State, State]]
 
 
@@ -142,8 +147,8 @@ def backward_scan(
 ) -> tuple[list[State], State, State]:
     """Run ``step`` over all steps against the direction of time.
 
-    ``carried`` holds the gradients of the last state. Returns what each step keeps (zero at padded steps), the gradients of
-    the initial state and those of the reset state.
+    ``carried`` holds the gradients of the last state. Returns what each step keeps (zero at padded steps), the
+    gradients of the initial state and those of the reset state.
     """
     valid = valid_steps(num_steps, carried[0].size(0), boundaries.lengths, carried[0].device)
     zeros = tuple(torch.zeros_like(g) for g in carried)
@@ -186,7 +191,12 @@ def lstm_backward(
     for d, (weight_hh, weight_hr) in enumerate(weights):
         c = c_states[:, :, d]
         c_entering = previous_states(
-            c, at(c_0, d), reset_mask=reset_mask, reset_state=at(reset_c, d), lengths=lengths, reverse=d == 1
+            c,
+            at(c_0, d),
+            reset_mask=reset_mask,
+            reset_state=at(reset_c, d),
+            lengths=lengths,
+            reverse=d == 1,
         )
         grad_h = None if grad_output is None else grad_output.chunk(directions, dim=-1)[d]
         step = _lstm_backward_step(
@@ -235,7 +245,12 @@ def _lstm_backward_step(
         dm = dh if weight_hr is None else dh @ weight_hr
         dc = dc + dm * o * (1 - tanh_c * tanh_c)
         grad_gates = torch.cat(
-            [dc * g * i * (1 - i), dc * c_entering[t] * f * (1 - f), dc * i * (1 - g * g), dm * tanh_c * o * (1 - o)],
+            [
+                dc * g * i * (1 - i),
+                dc * c_entering[t] * f * (1 - f),
+                dc * i * (1 - g * g),
+                dm * tanh_c * o * (1 - o),
+            ],
             dim=-1,
         )
         return (grad_gates @ weight_hh, dc * f), (grad_gates, dh)
@@ -257,7 +272,12 @@ def gru_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``gru_backward`` in ``_ops.py``; ``weights`` holds ``weight_hh`` of each direction."""
     dtype, wide = gates.dtype, torch.promote_types(gates.dtype, torch.float32)
-    num_steps, batch, directions, hidden = gates.size(0), gates.size(1), gates.size(2), weights[0].size(1)
+    num_steps, batch, directions, hidden = (
+        gates.size(0),
+        gates.size(1),
+        gates.size(2),
+        weights[0].size(1),
+    )
     runs = []
     for d, weight_hh in enumerate(weights):
         h_entering = previous_states(

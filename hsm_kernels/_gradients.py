@@ -1,8 +1,8 @@
 """What follows the backward recurrence: weight and input gradients, each one product over all steps.
 
-The recurrence leaves the gradient of every gate pre-activation, ``grad_gates`` ``(L, N, D, 4 * H)``. For a GRU its four parts
-are ``r``, ``z``, the input half of ``n`` and the hidden half of ``n``. Everything here is plain tensor algebra and runs on any
-device.
+The recurrence leaves the gradient of every gate pre-activation, ``grad_gates`` ``(L, N, D, 4 * H)``. For a GRU its
+four parts are ``r``, ``z``, the input half of ``n`` and the hidden half of ``n``. Everything here is plain tensor
+algebra and runs on any device.
 """
 
 import torch
@@ -22,7 +22,8 @@ def previous_states(
 ) -> Tensor:
     """The state that entered each step of one direction, ``(L, N, X)``, from the state that left it.
 
-    ``initial`` and ``reset_state`` are ``(N, X)``, None meaning zeros. What stands at padded steps is unspecified but finite.
+    ``initial`` and ``reset_state`` are ``(N, X)``, None meaning zeros. What stands at padded steps is unspecified but
+    finite.
     """
     num_steps, batch = states.shape[:2]
     first = torch.zeros_like(states[:1]) if initial is None else initial[None, :, :][:num_steps]
@@ -41,7 +42,7 @@ def previous_states(
 
 
 def _edges_of_reverse(mask: Tensor) -> Tensor:
-    """Move entry ``t + 1`` to ``t``: the edge that the reverse direction crosses to enter step ``t``. None enters the last."""
+    """Entry ``t + 1`` at ``t``: the edge that the reverse direction crosses to enter ``t``; no edge to the last."""
     return torch.cat([mask[1:], torch.zeros_like(mask[:1])])
 
 
@@ -76,13 +77,18 @@ def recurrent_weight_gradient(
         grad = weight_gradient(gates_after, states_before)
         return grad if initial is None else torch.addmm(grad, gates_first.t(), initial)
     entering = previous_states(
-        states, initial, reset_mask=reset_mask, reset_state=reset_state, lengths=lengths, reverse=reverse
+        states,
+        initial,
+        reset_mask=reset_mask,
+        reset_state=reset_state,
+        lengths=lengths,
+        reverse=reverse,
     )
     return weight_gradient(grad_outputs, entering)
 
 
 def without_padding(steps: Tensor, lengths: Tensor | None) -> Tensor:
-    """``steps`` ``(L, N, X)`` with zeros behind the end of each sequence, so that what stands there reaches no gradient."""
+    """``steps`` ``(L, N, X)`` with zeros behind the end of each sequence: what stands there reaches no gradient."""
     if lengths is None:
         return steps
     return torch.where(valid_steps(steps.size(0), steps.size(1), lengths, steps.device)[..., None], steps, 0)

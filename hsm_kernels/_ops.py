@@ -1,9 +1,10 @@
-"""The operators ``torch.ops.hsm_kernels.*``: schemas, shapes, gradients, and the kernels that run without a native library.
+"""The operators ``torch.ops.hsm_kernels.*``: schemas, shapes, gradients and fallback kernels.
 
-One call runs all steps and both directions of one layer. Shapes: ``input`` ``(L, N, I)``, ``h_0`` ``(D, N, Hout)``, ``c_0``
-``(D, N, H)`` (None = zeros), masks bool ``(L, N)``, ``reset_h`` and ``reset_c`` like ``h_0`` and ``c_0``, ``lengths`` int64
-``(N,)`` between 0 and L. Results: ``output`` ``(L, N, D * Hout)``, ``c_states`` ``(L, N, D, H)``, ``gates`` ``(L, N, D, 4 * H)``
-in the order i, f, g, o for LSTM and r, z, n, hidden half of n for GRU. A result that was not asked for has shape ``(0,)``.
+One call runs all steps and both directions of one layer. Shapes: ``input`` ``(L, N, I)``, ``h_0`` ``(D, N, Hout)``,
+``c_0`` ``(D, N, H)`` (None = zeros), masks bool ``(L, N)``, ``reset_h`` and ``reset_c`` like ``h_0`` and ``c_0``,
+``lengths`` int64 ``(N,)`` between 0 and L. Results: ``output`` ``(L, N, D * Hout)``, ``c_states`` ``(L, N, D, H)``,
+``gates`` ``(L, N, D, 4 * H)`` in the order i, f, g, o for LSTM and r, z, n, hidden half of n for GRU. A result that
+was not asked for has shape ``(0,)``.
 
 The native library adds CPU (and CUDA) kernels for the same operators; they win over the fallback by dispatch.
 """
@@ -19,7 +20,7 @@ from .reference import Weights
 
 NAMESPACE = "hsm_kernels"
 
-_LSTM_WEIGHTS = "weight_ih weight_hh bias_ih bias_hh weight_hr".split()
+_LSTM_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"]
 _GRU_WEIGHTS = _LSTM_WEIGHTS[:4]
 
 
@@ -32,20 +33,21 @@ _SCHEMAS = {
     "lstm_forward": f"(Tensor input, Tensor? h_0, Tensor? c_0, {_weight_arguments(_LSTM_WEIGHTS)}, "
     "Tensor? reset_mask, Tensor? reset_h, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths, "
     "bool return_states, bool training) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor c_states, Tensor gates)",
-    "lstm_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_c_states, Tensor c_states, "
-    "Tensor gates, Tensor? c_0, Tensor weight_hh, Tensor? weight_hr, Tensor? weight_hh_reverse, Tensor? weight_hr_reverse, "
-    "Tensor? reset_mask, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths) -> (Tensor grad_gates, Tensor grad_h, "
-    "Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
-    "gru_forward": f"(Tensor input, Tensor? h_0, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_h, "
-    "Tensor? detach_mask, Tensor? lengths, bool training) -> (Tensor output, Tensor h_n, Tensor gates)",
-    "gru_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor output, Tensor gates, Tensor? h_0, Tensor weight_hh, "
-    "Tensor? weight_hh_reverse, Tensor? reset_mask, Tensor? reset_h, Tensor? detach_mask, Tensor? lengths) -> "
-    "(Tensor grad_gates, Tensor grad_h_0, Tensor grad_reset_h)",
+    "lstm_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_c_states, "
+    "Tensor c_states, Tensor gates, Tensor? c_0, Tensor weight_hh, Tensor? weight_hr, Tensor? weight_hh_reverse, "
+    "Tensor? weight_hr_reverse, Tensor? reset_mask, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths) -> "
+    "(Tensor grad_gates, Tensor grad_h, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
+    "gru_forward": f"(Tensor input, Tensor? h_0, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, "
+    "Tensor? reset_h, Tensor? detach_mask, Tensor? lengths, bool training) -> "
+    "(Tensor output, Tensor h_n, Tensor gates)",
+    "gru_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor output, Tensor gates, Tensor? h_0, "
+    "Tensor weight_hh, Tensor? weight_hh_reverse, Tensor? reset_mask, Tensor? reset_h, Tensor? detach_mask, "
+    "Tensor? lengths) -> (Tensor grad_gates, Tensor grad_h_0, Tensor grad_reset_h)",
 }
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
 
 def _directions(arguments: tuple[Tensor | None, ...]) -> list[Weights]:
@@ -59,7 +61,10 @@ def _directions(arguments: tuple[Tensor | None, ...]) -> list[Weights]:
 
 
 def _lstm_forward_fallback(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, reset_c, _, lengths, return_states, training) = _directions(rest[:10]), rest[10:]
+    weights, (reset_mask, reset_h, reset_c, _, lengths, return_states, training) = (
+        _directions(rest[:10]),
+        rest[10:],
+    )
     return _fallback.lstm_forward(
         input, h_0, c_0, weights, reset_mask, reset_h, reset_c, lengths, return_states, training
     )
@@ -71,7 +76,14 @@ def _gru_forward_fallback(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, 
 
 
 def _lstm_backward_fallback(
-    grad_output: Any, grad_h_n: Any, grad_c_n: Any, grad_c_states: Any, c_states: Tensor, gates: Tensor, c_0: Any, *rest: Any
+    grad_output: Any,
+    grad_h_n: Any,
+    grad_c_n: Any,
+    grad_c_states: Any,
+    c_states: Tensor,
+    gates: Tensor,
+    c_0: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     weight_hh, weight_hr, weight_hh_reverse, weight_hr_reverse, *boundaries = rest
     weights = [(weight_hh, weight_hr)]
@@ -119,7 +131,14 @@ def _gru_forward_fake(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]
 
 
 def _lstm_backward_fake(
-    grad_output: Any, grad_h_n: Any, grad_c_n: Any, grad_c_states: Any, c_states: Tensor, gates: Tensor, c_0: Any, *rest: Any
+    grad_output: Any,
+    grad_h_n: Any,
+    grad_c_n: Any,
+    grad_c_states: Any,
+    c_states: Tensor,
+    gates: Tensor,
+    c_0: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     weight_hh, weight_hr, reset_mask = rest[0], rest[1], rest[4]
     (steps, batch, directions, hidden), hidden_out = c_states.shape, weight_hh.size(1)
@@ -146,12 +165,15 @@ def _gru_backward_fake(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- gradients
+# -------------------------------------------------------------------------------------------------------------
+# gradients
 
 
 def _save(ctx: Any, tensors: tuple[Tensor | None, ...], gates: Tensor, training: bool) -> None:
     if not training:
-        raise RuntimeError(f"{NAMESPACE}: gradients were asked for of a call made with training=False; pass training=True")
+        raise RuntimeError(
+            f"{NAMESPACE}: gradients were asked for of a call made with training=False; pass training=True"
+        )
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
@@ -168,7 +190,7 @@ def _lstm_gradients(
     saved = ctx.saved_tensors
     grads = (grad_output, grad_h_n, grad_c_n, grad_c_states)
     if torch.is_grad_enabled():
-        return _differentiable(_lstm_reference, saved[:18], grads, ctx.needs_input_grad) + (None, None)
+        return (*_differentiable(_lstm_reference, saved[:18], grads, ctx.needs_input_grad), None, None)
     input, h_0, c_0 = saved[:3]
     reset_mask, reset_h, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
     weights = _directions(saved[3:13])
@@ -182,11 +204,20 @@ def _lstm_gradients(
     for d, w in enumerate(weights):
         parts = (grad_gates[:, :, d],)
         grad_weights += _projected_gradients(
-            needs[3 + 5 * d : 7 + 5 * d], parts, parts, input, output.chunk(len(weights), dim=-1)[d], h_0, d, boundaries
+            needs[3 + 5 * d : 7 + 5 * d],
+            parts,
+            parts,
+            input,
+            output.chunk(len(weights), dim=-1)[d],
+            h_0,
+            d,
+            boundaries,
         )
         needs_hr = w.weight_hr is not None and needs[7 + 5 * d]
         grad_weights.append(_projection_gradient(grad_h, gates, c_states, d) if needs_hr else None)
-    grad_input = _input_gradient([(grad_gates[:, :, d], w.weight_ih) for d, w in enumerate(weights)]) if needs[0] else None
+    grad_input = (
+        _input_gradient([(grad_gates[:, :, d], w.weight_ih) for d, w in enumerate(weights)]) if needs[0] else None
+    )
     has_resets = reset_h is not None
     return (
         grad_input,
@@ -210,7 +241,7 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
     saved = ctx.saved_tensors
     grads = (grad_output, grad_h_n)
     if torch.is_grad_enabled():
-        return _differentiable(_gru_reference, saved[:14], grads, ctx.needs_input_grad) + (None,)
+        return (*_differentiable(_gru_reference, saved[:14], grads, ctx.needs_input_grad), None)
     input, h_0 = saved[:2]
     reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
     weights = _directions(saved[2:10])
@@ -226,8 +257,8 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
         input_parts = (grad[..., : 3 * hidden],)
         hidden_parts = (grad[..., : 2 * hidden], grad[..., 3 * hidden :])
         grad_weights += _projected_gradients(
-            needs[2 + 4 * d : 6 + 4 * d], input_parts, hidden_parts, input, output.chunk(len(weights), dim=-1)[d], h_0, d,
-            boundaries,
+            needs[2 + 4 * d : 6 + 4 * d], input_parts, hidden_parts, input, output.chunk(len(weights), dim=-1)[d], h_0,
+            d, boundaries,
         )  # fmt: skip
     pairs = [(grad_gates[:, :, d, : 3 * hidden], w.weight_ih) for d, w in enumerate(weights)]
     return (
@@ -253,8 +284,8 @@ def _projected_gradients(
 ) -> list[Tensor | None]:
     """Gradients of weight_ih, weight_hh, bias_ih, bias_hh of one direction.
 
-    ``input_parts`` and ``hidden_parts`` are the gate gradients that reach the input product and the recurrent product, cut
-    along the gates where they are not adjacent in memory.
+    ``input_parts`` and ``hidden_parts`` are the gate gradients that reach the input product and the recurrent product,
+    cut along the gates where they are not adjacent in memory.
     """
     needs_ih, needs_hh, needs_bias_ih, needs_bias_hh = needs
     at = {**boundaries, "reset_state": _fallback.at(boundaries["reset_state"], direction)}
@@ -297,15 +328,18 @@ def _input_gradient(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _differentiable(
-    forward: Any, inputs: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    forward: Any,
+    inputs: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients with a graph of their own (``create_graph=True``): those of the reference, computed again from the inputs."""
+    """Gradients with a graph of their own (``create_graph=True``): the reference, run again from the inputs."""
     wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and needs[i]]
     outputs = forward(*inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     found = torch.autograd.grad(
         [o for o, _ in pairs],
-        [inputs[i] for i in wanted],
+        [inputs[i] for i in wanted],  # type: ignore[arg-type]
         [g for _, g in pairs],
         create_graph=True,
         allow_unused=True,
@@ -315,7 +349,10 @@ def _differentiable(
 
 
 def _lstm_reference(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, reset_c, detach_mask, lengths) = _directions(rest[:10]), rest[10:]
+    weights, (reset_mask, reset_h, reset_c, detach_mask, lengths) = (
+        _directions(rest[:10]),
+        rest[10:],
+    )
     gate_rows, hidden_out = weights[0].weight_hh.shape
     return reference.lstm_layer(
         input,
@@ -343,13 +380,13 @@ def _refuse_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-_KERNELS = {
+_KERNELS: dict[str, tuple[Any, Any, Any, Any]] = {
     "lstm_forward": (_lstm_forward_fallback, _lstm_forward_fake, _lstm_gradients, _lstm_setup),
     "gru_forward": (_gru_forward_fallback, _gru_forward_fake, _gru_gradients, _gru_setup),
     "lstm_backward": (_lstm_backward_fallback, _lstm_backward_fake, _refuse_backward, None),
     "gru_backward": (_gru_backward_fallback, _gru_backward_fake, _refuse_backward, None),
 }
 for _name, (_kernel, _fake, _gradients, _setup) in _KERNELS.items():
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradients, setup_context=_setup, lib=_library)

@@ -1,13 +1,13 @@
 """LSTM and GRU on tensors, without a module: the computation of :mod:`hsm_kernels.modules`."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _backend, _ops, reference
+from . import _backend, reference
 from ._arguments import (
     LayerState,
     SequenceShape,
@@ -20,9 +20,11 @@ from ._arguments import (
 from ._fallback import gru_boundaries, initial_or_zeros, lstm_boundaries
 from .reference import State, Weights
 
+_lstm_forward, _gru_forward = torch.ops.hsm_kernels.lstm_forward.default, torch.ops.hsm_kernels.gru_forward.default
+
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell"]
 
-#: One layer and direction: ``[weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]``, biases and projection left out if there are none.
+#: One layer and direction: ``[weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]``, leaving out what there is not.
 LayerWeights = Weights | Sequence[Tensor]
 
 
@@ -54,18 +56,22 @@ def lstm(
 ) -> Any:
     r"""Run a multi-layer LSTM over whole sequences.
 
-    Shapes: ``L`` steps, ``N`` sequences, ``I`` inputs, ``H`` hidden units, ``Hout`` = ``P`` with a projection and ``H`` without,
-    ``D`` directions, ``K`` layers.
+    Shapes: ``L`` steps, ``N`` sequences, ``I`` inputs, ``H`` hidden units, ``Hout`` = ``P`` with a projection and
+    ``H`` without, ``D`` directions, ``K`` layers.
 
     Args:
-        input: ``(L, N, I)``; ``(N, L, I)`` if ``batch_first``; ``(L, I)`` unbatched. float64, float32, bfloat16 or float16.
-        hx: ``(h_0, c_0)`` of ``(D * K, N, Hout)`` and ``(D * K, N, H)``, or a list with one such pair per layer, ``(D, N, ..)``
-            each, or None for zeros. The batch dimension may be 1.
+        input: ``(L, N, I)``; ``(N, L, I)`` if ``batch_first``; ``(L, I)`` unbatched. float64, float32, bfloat16 or
+        float16.
+        hx: ``(h_0, c_0)`` of ``(D * K, N, Hout)`` and ``(D * K, N, H)``, or a list with one such pair per layer, ``(D,
+            N, ..)`` each, or None for zeros. The batch dimension may be 1.
         weights: one entry per layer and direction, as :attr:`torch.nn.LSTM.all_weights`: ``weight_ih`` ``(4 * H, I)``,
             ``weight_hh`` ``(4 * H, Hout)``, ``bias_ih`` and ``bias_hh`` ``(4 * H,)``, ``weight_hr`` ``(P, H)``.
+        bidirectional: whether ``weights`` alternate between the forward and the reverse direction.
+        batch_first: whether ``input``, masks and per-step results have the batch first.
         dropout: probability, applied to the output of each layer but the last if ``training``.
-        reset_mask: bool ``(L, N)``, ``(N, L)`` if ``batch_first``, ``(L,)`` unbatched. The state that enters step ``t`` of the
-            forward direction (and, in the reverse direction, step ``t - 1``) is replaced by ``reset_hx``.
+        training: whether dropout is applied.
+        reset_mask: bool ``(L, N)``, ``(N, L)`` if ``batch_first``, ``(L,)`` unbatched. The state that enters step
+            ``t`` of the forward direction (and, in the reverse direction, step ``t - 1``) is replaced by ``reset_hx``.
         reset_hx: like ``hx``; None for zeros. Receives gradients.
         detach_mask: bool, shaped as ``reset_mask``. The state crosses the edge, its gradient does not.
         truncated_bptt_steps: ``k``: also detach at steps k, 2k, ...
@@ -74,7 +80,8 @@ def lstm(
         backend: "auto", "cuda", "cpu" or "reference"; None takes the process's choice.
 
     Returns:
-        ``output`` ``(L, N, D * Hout)`` laid out as ``input``, ``(h_n, c_n)`` shaped as ``hx``, and the states if asked for.
+        ``output`` ``(L, N, D * Hout)`` laid out as ``input``, ``(h_n, c_n)`` shaped as ``hx``, and the states if asked
+        for.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range. RuntimeError: sizes that
@@ -187,7 +194,7 @@ def gru_cell(
     """
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh)
     _, h = gru(input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), [weights], backend=backend)
-    return h[0]
+    return cast(Tensor, h[0])
 
 
 def _run(
@@ -210,10 +217,7 @@ def _run(
     if input.dim() not in (2, 3):
         raise ValueError(f"{kind.name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
     batched = input.dim() == 3
-    if not batched:
-        steps = input.unsqueeze(1)
-    else:
-        steps = input.transpose(0, 1) if batch_first else input
+    steps = _time_major(input, batched, batch_first)
     shape = SequenceShape(steps.size(0), steps.size(1), batch_first, batched)
 
     directions = 2 if bidirectional else 1
@@ -221,7 +225,9 @@ def _run(
     spec = StateSpec(kind.name, len(layers), directions, kind.state_sizes(layers[0][0]))
     states, per_layer = per_layer_states("hx", hx, spec, shape, steps)
     if reset_hx is not None and reset_mask is None:
-        raise ValueError(f"{kind.name}: reset_hx was given without reset_mask, so nothing would be reset to it; pass both")
+        raise ValueError(
+            f"{kind.name}: reset_hx was given without reset_mask, so nothing would be reset to it; pass both"
+        )
     boundaries = _Boundaries(
         time_major_mask(kind.name, "reset_mask", reset_mask, shape, input.device),
         per_layer_states("reset_hx", reset_hx, spec, shape, steps)[0],
@@ -236,6 +242,12 @@ def _run(
     else:
         results = _run_layers(kind, arguments, dropout if training else 0.0, return_states, backend)
     return _in_the_layout_of_the_caller(kind, *results, shape, per_layer)
+
+
+def _time_major(input: Tensor, batched: bool, batch_first: bool) -> Tensor:
+    if not batched:
+        return input.unsqueeze(1)
+    return input.transpose(0, 1) if batch_first else input
 
 
 class _Arguments(NamedTuple):
@@ -258,10 +270,8 @@ def _run_layers(
 ) -> tuple[Tensor, list[State], list[State] | None]:
     """Run all layers -> the last one's output, every layer's final state, and every layer's states if asked for."""
     input, layers, states, boundaries = arguments
-    plan = _backend.plan(backend, input.device, input.dtype)
-    if plan.backend == "reference" and plan.fallback:
-        _backend.warn_once(plan)
-    layer_function = kind.reference_layer if plan.backend == "reference" and not plan.fallback else kind.op_layer
+    reference_wanted = _backend.chooses_reference(backend, input.device, input.dtype)
+    layer_function = kind.reference_layer if reference_wanted else kind.op_layer
     finals: list[State] = []
     all_states: list[State] = []
     for k, weights in enumerate(layers):
@@ -287,7 +297,7 @@ def _lstm_op_layer(
     reset_h, reset_c = reset_state or (None, None)
     reverse = weights[1] if len(weights) == 2 else (None,) * 5
     training = _needs_gradient(input, h_0, c_0, *weights[0], *reverse, reset_h, reset_c)
-    output, h_n, c_n, c_states, _ = torch.ops.hsm_kernels.lstm_forward(
+    output, h_n, c_n, c_states, _ = _lstm_forward(
         input, h_0, c_0, *weights[0], *reverse, boundaries.reset_mask, reset_h, reset_c, boundaries.detach_mask,
         boundaries.lengths, return_states, training,
     )  # fmt: skip
@@ -303,12 +313,15 @@ def _gru_op_layer(
     reset_state: LayerState,
     return_states: bool,
 ) -> _LayerResult:
-    h_0, reset_h = None if state is None else state[0], None if reset_state is None else reset_state[0]
+    h_0, reset_h = (
+        None if state is None else state[0],
+        None if reset_state is None else reset_state[0],
+    )
     reverse = weights[1][:4] if len(weights) == 2 else (None,) * 4
     training = _needs_gradient(input, h_0, *weights[0], *reverse, reset_h)
-    output, h_n, _ = torch.ops.hsm_kernels.gru_forward(
-        input, h_0, *weights[0][:4], *reverse, boundaries.reset_mask, reset_h, boundaries.detach_mask, boundaries.lengths,
-        training,
+    output, h_n, _ = _gru_forward(
+        input, h_0, *weights[0][:4], *reverse, boundaries.reset_mask, reset_h, boundaries.detach_mask,
+        boundaries.lengths, training,
     )  # fmt: skip
     return _LayerResult(output, (h_n,), (_by_direction(output, len(weights)),) if return_states else None)
 
@@ -323,13 +336,14 @@ def _lstm_reference_layer(
 ) -> _LayerResult:
     gate_rows, hidden_out = weights[0].weight_hh.shape
     h_0, c_0 = state or (None, None)
+    reset_h, reset_c = reset_state or (None, None)
     output, h_n, c_n, c_states = reference.lstm_layer(
         input,
         initial_or_zeros(h_0, input, len(weights), hidden_out),
         initial_or_zeros(c_0, input, len(weights), gate_rows // 4),
         weights,
         lstm_boundaries(
-            len(weights), boundaries.reset_mask, *(reset_state or (None, None)), boundaries.detach_mask, boundaries.lengths
+            len(weights), boundaries.reset_mask, reset_h, reset_c, boundaries.detach_mask, boundaries.lengths
         ),
     )
     states = (_by_direction(output, len(weights)), c_states.permute(2, 0, 1, 3)) if return_states else None
@@ -344,7 +358,10 @@ def _gru_reference_layer(
     reset_state: LayerState,
     return_states: bool,
 ) -> _LayerResult:
-    h_0, reset_h = None if state is None else state[0], None if reset_state is None else reset_state[0]
+    h_0, reset_h = (
+        None if state is None else state[0],
+        None if reset_state is None else reset_state[0],
+    )
     output, h_n = reference.gru_layer(
         input,
         initial_or_zeros(h_0, input, len(weights), weights[0].weight_hh.size(1)),
@@ -378,7 +395,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 def _by_direction(output: Tensor, directions: int) -> Tensor:
     """``(L, N, D * Hout)`` -> ``(D, L, N, Hout)``, a view."""
-    return output.unflatten(-1, (directions, -1)).permute(2, 0, 1, 3)
+    return output.view(*output.shape[:2], directions, output.size(2) // directions).permute(2, 0, 1, 3)
 
 
 def _layers(kind: _Kind, weights: Sequence[LayerWeights], directions: int, input: Tensor) -> list[list[Weights]]:
@@ -391,15 +408,26 @@ def _layers(kind: _Kind, weights: Sequence[LayerWeights], directions: int, input
     named = [_named(kind, entry) for entry in weights]
     layers = [named[k : k + directions] for k in range(0, len(named), directions)]
     size, (rows, hidden_out) = input.size(2), named[0].weight_hh.shape
-    hidden = rows // kind.gates
+    dtype = None if torch.is_autocast_enabled(input.device.type) else input.dtype
     for layer in layers:
-        expected = ((rows, size), (rows, hidden_out), (rows,), (rows,), (hidden_out, hidden))
+        expected = ((rows, size), (rows, hidden_out), (rows,), (rows,), (hidden_out, rows // kind.gates))
         for entry in layer:
-            for name, tensor, shape in zip(Weights._fields, entry, expected, strict=True):
-                if tensor is not None and tensor.shape != shape:
-                    raise RuntimeError(f"{kind.name}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+            for k, tensor in enumerate(entry):
+                if tensor is not None and (tensor.shape != expected[k] or (dtype and tensor.dtype != dtype)):
+                    raise _weight_error(kind, Weights._fields[k], tensor, expected[k], input.dtype)
         size = directions * hidden_out
     return layers
+
+
+def _weight_error(
+    kind: _Kind, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> RuntimeError | ValueError:
+    if tensor.shape != shape:
+        return RuntimeError(f"{kind.name}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+    return ValueError(
+        f"{kind.name}: {name} must have the input's dtype {dtype}, got {tensor.dtype}; use input.to({tensor.dtype}) or "
+        f"model.to({dtype})"
+    )
 
 
 def _named(kind: _Kind, entry: LayerWeights) -> Weights:
@@ -441,7 +469,10 @@ def _in_the_layout_of_the_caller(
 ) -> Any:
     """Undo what the canonical form did: batch_first, unbatched, state of all layers or per layer, tuple or tensor."""
     if not shape.batched:
-        output, finals = output.squeeze(1), [tuple(part.squeeze(1) for part in state) for state in finals]
+        output, finals = (
+            output.squeeze(1),
+            [tuple(part.squeeze(1) for part in state) for state in finals],
+        )
     elif shape.batch_first:
         output = output.transpose(0, 1)
     hx_n: Any = [_unwrap(state) for state in finals] if per_layer else _unwrap(_joined(finals))

@@ -4,16 +4,16 @@ They derive from :class:`torch.nn.RNNBase` and :class:`torch.nn.RNNCellBase`, no
 torch.compile refuses every instance of that.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import _conversion, functional
 from .reference import Weights
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell"]
+__all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell"]
 
 
 class _RNN(nn.RNNBase):
@@ -32,9 +32,8 @@ class _RNN(nn.RNNBase):
 
     def _weights(self) -> list[Weights]:
         """The parameters as they are now, one entry per layer and direction."""
-        self._update_flat_weights()
-        per_entry, flat = len(self._all_weights[0]), self._flat_weights
-        entries = [flat[k : k + per_entry] for k in range(0, len(flat), per_entry)]
+        # By attribute, not from _flat_weights: parametrizations, pruning and functional_call all replace attributes.
+        entries = [[getattr(self, name) for name in names] for names in self._all_weights]
         if self.bias:
             return [Weights(*entry) for entry in entries]
         return [Weights(entry[0], entry[1], None, None, *entry[2:]) for entry in entries]
@@ -62,13 +61,13 @@ class _RNN(nn.RNNBase):
         refused = [name for name in given if name != "truncated_bptt_steps"]
         if refused:
             raise ValueError(
-                f"{self.mode}: {', '.join(refused)} cannot be combined with a PackedSequence, whose time axis is packed; "
-                "pass the padded tensor and lengths instead"
+                f"{self.mode}: {', '.join(refused)} cannot be combined with a PackedSequence, whose time axis is "
+                "packed; pass the padded tensor and lengths instead"
             )
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         weights = self._weights()
         self.check_input(data, batch_sizes)
-        padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.numel())  # type: ignore[attr-defined]
+        padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.numel())
         if hx is not None and sorted_indices is not None:
             hx = _map_state(hx, lambda part: part if part.size(1) == 1 else part.index_select(1, sorted_indices))
         output, hx_n = function(
@@ -81,7 +80,7 @@ class _RNN(nn.RNNBase):
             lengths=lengths,
             truncated_bptt_steps=options["truncated_bptt_steps"],
         )
-        data, _ = torch._VF._pack_padded_sequence(output, lengths, False)  # type: ignore[attr-defined]
+        data, _ = torch._VF._pack_padded_sequence(output, lengths, False)
         if unsorted_indices is not None:
             hx_n = _map_state(hx_n, lambda part: part.index_select(1, unsorted_indices))
         return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices), hx_n
@@ -97,8 +96,8 @@ def _map_state(state: Any, function: Any) -> Any:
 class LSTM(_RNN):
     r"""A drop-in for :class:`torch.nn.LSTM`: same constructor, parameters, state_dict and results.
 
-    Args: as :class:`torch.nn.LSTM` - ``input_size``, ``hidden_size``, ``num_layers=1``, ``bias=True``, ``batch_first=False``,
-    ``dropout=0.0``, ``bidirectional=False``, ``proj_size=0``, ``device=None``, ``dtype=None``.
+    Args: as :class:`torch.nn.LSTM` - ``input_size``, ``hidden_size``, ``num_layers=1``, ``bias=True``,
+    ``batch_first=False``, ``dropout=0.0``, ``bidirectional=False``, ``proj_size=0``, ``device=None``, ``dtype=None``.
 
     Raises: as :class:`torch.nn.LSTM`.
 
@@ -112,7 +111,7 @@ class LSTM(_RNN):
         super().__init__("LSTM", *args, **kwargs)
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def forward(
@@ -127,8 +126,9 @@ class LSTM(_RNN):
         lengths: Tensor | None = None,
         return_states: bool = False,
     ) -> Any:
-        """Run the layers over ``input``; arguments, results, errors and formula are those of :func:`functional.lstm`.
+        """Run the layers over ``input``.
 
+        Arguments, results, errors and formula are those of :func:`hsm_kernels.functional.lstm`.
         ``forward(input, hx)`` alone is :class:`torch.nn.LSTM`, PackedSequence included.
 
         >>> rnn, x = LSTM(3, 4), torch.randn(5, 2, 3)
@@ -148,17 +148,15 @@ class LSTM(_RNN):
         return self._run(functional.lstm, input, hx, options)
 
     def to_torch(self) -> nn.LSTM:
-        """A :class:`torch.nn.LSTM` that shares this module's parameters, for ONNX export, quantization and the like."""
-        from .convert import to_torch
-
-        return to_torch(self)
+        """A :class:`torch.nn.LSTM` that shares this module's parameters, for ONNX export, quantization and so on."""
+        return cast(nn.LSTM, _conversion.to_torch(self))
 
 
 class GRU(_RNN):
     r"""A drop-in for :class:`torch.nn.GRU`: same constructor, parameters, state_dict and results.
 
-    Args: as :class:`torch.nn.GRU` - ``input_size``, ``hidden_size``, ``num_layers=1``, ``bias=True``, ``batch_first=False``,
-    ``dropout=0.0``, ``bidirectional=False``, ``device=None``, ``dtype=None``.
+    Args: as :class:`torch.nn.GRU` - ``input_size``, ``hidden_size``, ``num_layers=1``, ``bias=True``,
+    ``batch_first=False``, ``dropout=0.0``, ``bidirectional=False``, ``device=None``, ``dtype=None``.
 
     Raises: as :class:`torch.nn.GRU`.
 
@@ -185,8 +183,9 @@ class GRU(_RNN):
         lengths: Tensor | None = None,
         return_states: bool = False,
     ) -> Any:
-        """Run the layers over ``input``; arguments, results, errors and formula are those of :func:`functional.gru`.
+        """Run the layers over ``input``.
 
+        Arguments, results, errors and formula are those of :func:`hsm_kernels.functional.gru`.
         ``forward(input, hx)`` alone is :class:`torch.nn.GRU`, PackedSequence included.
 
         >>> rnn, x = GRU(3, 4), torch.randn(5, 2, 3)
@@ -204,16 +203,15 @@ class GRU(_RNN):
         return self._run(functional.gru, input, hx, options)
 
     def to_torch(self) -> nn.GRU:
-        """A :class:`torch.nn.GRU` that shares this module's parameters, for ONNX export, quantization and the like."""
-        from .convert import to_torch
-
-        return to_torch(self)
+        """A :class:`torch.nn.GRU` that shares this module's parameters, for ONNX export, quantization and so on."""
+        return cast(nn.GRU, _conversion.to_torch(self))
 
 
 class _Cell(nn.RNNCellBase):
     """What the cells share: the checks of torch.nn's cells, with their messages."""
 
-    def _check(self, input: Tensor, state: tuple[Tensor, ...] | None) -> None:
+    def _step(self, function: Any, input: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Check ``input`` and ``state``, give them a batch if they have none, and run ``function``."""
         who = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{who}: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -221,27 +219,36 @@ class _Cell(nn.RNNCellBase):
             if part.dim() not in (1, 2):
                 label = f"hx[{k}]" if self._is_lstm else "hidden"
                 raise ValueError(f"{who}: Expected {label} to be 1D or 2D, got {part.dim()}D instead")
-        if input.size(-1) != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {self.input_size}")
-        for k, part in enumerate(state or ()):
-            if input.dim() == 2 and part.dim() == 2 and input.size(0) != part.size(0):
-                raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {part.size(0)}")
-            if part.size(-1) != self.hidden_size:
+        batched = input.dim() == 2
+        if not batched:
+            input, state = input.unsqueeze(0), None if state is None else tuple(part.unsqueeze(0) for part in state)
+        self._check(input, state or ())
+        new = function(input, state, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return new if batched else tuple(part.squeeze(0) for part in new)
+
+    def _check(self, input: Tensor, state: tuple[Tensor, ...]) -> None:
+        if input.size(1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}")
+        for k, part in enumerate(state):
+            if part.size(0) != input.size(0):
                 raise RuntimeError(
-                    f"hidden{k} has inconsistent hidden_size: got {part.size(-1)}, expected {self.hidden_size}"
+                    f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {part.size(0)}"
                 )
+            if part.shape != (input.size(0), self.hidden_size):
+                given = part.size(min(1, part.dim() - 1))
+                raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {given}, expected {self.hidden_size}")
 
     _is_lstm: bool
 
     def to_torch(self) -> nn.RNNCellBase:
         """The cell of torch.nn that shares this module's parameters."""
-        from .convert import to_torch
-
-        return to_torch(self)
+        return cast(nn.RNNCellBase, _conversion.to_torch(self))
 
 
 class LSTMCell(_Cell):
-    r"""A drop-in for :class:`torch.nn.LSTMCell`: ``LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)``.
+    r"""A drop-in for :class:`torch.nn.LSTMCell`.
+
+    Args: ``input_size``, ``hidden_size``, ``bias=True``, ``device=None``, ``dtype=None``.
 
     >>> h, c = LSTMCell(3, 4)(torch.randn(2, 3))
     >>> h.shape
@@ -256,23 +263,21 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """One step: ``input`` ``(N, I)`` or ``(I,)``, ``hx`` ``(h, c)`` of ``(N, H)`` or ``(H,)`` -> the new ``(h, c)``.
+        """One step: ``input`` ``(N, I)`` or ``(I,)``, ``hx`` ``(h, c)`` of ``(N, H)`` or ``(H,)`` -> the new pair.
 
         The formula is that of :func:`functional.lstm_cell`; errors are those of :class:`torch.nn.LSTMCell`.
         """
         if isinstance(hx, Tensor) or (hx is not None and len(hx) != 2):
             given = "a Tensor" if isinstance(hx, Tensor) else f"{len(hx)} entries"
             raise TypeError(f"LSTMCell: hx must be a pair of Tensors (h, c), got {given}")
-        self._check(input, hx)
-        batched = input.dim() == 2
-        if not batched:
-            input, hx = input.unsqueeze(0), None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        h, c = functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+        h, c = self._step(functional.lstm_cell, input, hx)
+        return h, c
 
 
 class GRUCell(_Cell):
-    r"""A drop-in for :class:`torch.nn.GRUCell`: ``GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None)``.
+    r"""A drop-in for :class:`torch.nn.GRUCell`.
+
+    Args: ``input_size``, ``hidden_size``, ``bias=True``, ``device=None``, ``dtype=None``.
 
     >>> GRUCell(3, 4)(torch.randn(2, 3)).shape
     torch.Size([2, 4])
@@ -292,9 +297,9 @@ class GRUCell(_Cell):
         """
         if hx is not None and not isinstance(hx, Tensor):
             raise TypeError(f"GRUCell: hx must be a Tensor, got {type(hx).__name__}")
-        self._check(input, None if hx is None else (hx,))
-        batched = input.dim() == 2
-        if not batched:
-            input, hx = input.unsqueeze(0), None if hx is None else hx.unsqueeze(0)
-        h = functional.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        return h if batched else h.squeeze(0)
+        (h,) = self._step(_gru_step, input, None if hx is None else (hx,))
+        return h
+
+
+def _gru_step(input: Tensor, state: tuple[Tensor] | None, *weights: Tensor) -> tuple[Tensor]:
+    return (functional.gru_cell(input, None if state is None else state[0], *weights),)

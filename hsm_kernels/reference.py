@@ -1,12 +1,12 @@
 """The definition of hsm_kernels: one recurrent layer, in one direction, in plain PyTorch.
 
-Every kernel is tested against these functions in float64. They are written to be read and to be right, not to be fast; they
-are differentiable as often as PyTorch is. Shapes: ``L`` steps, ``N`` sequences, ``I`` inputs, ``H`` hidden units, ``Hout`` is
-``P`` (the projected size) with a projection and ``H`` without.
+Every kernel is tested against these functions in float64. They are written to be read and to be right, not to be fast;
+they are differentiable as often as PyTorch is. Shapes: ``L`` steps, ``N`` sequences, ``I`` inputs, ``H`` hidden units,
+``Hout`` is ``P`` (the projected size) with a projection and ``H`` without.
 
-Masks act on edges: entry ``[t, n]`` belongs to the edge between step ``t - 1`` and step ``t`` of sequence ``n``. The forward
-direction crosses edge ``t`` when it enters step ``t``; the reverse direction crosses edge ``t + 1`` when it enters step ``t``,
-and starts without crossing any.
+Masks act on edges: entry ``[t, n]`` belongs to the edge between step ``t - 1`` and step ``t`` of sequence ``n``. The
+forward direction crosses edge ``t`` when it enters step ``t``; the reverse direction crosses edge ``t + 1`` when it
+enters step ``t``, and starts without crossing any.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ State = tuple[Tensor, ...]
 
 
 class Weights(NamedTuple):
-    """The parameters of one layer and direction, named and shaped as in ``torch.nn`` (``G`` = 4 for LSTM, 3 for GRU)."""
+    """The parameters of one layer and direction, as ``torch.nn`` has them (``G`` = 4 for LSTM, 3 for GRU)."""
 
     weight_ih: Tensor  #: ``(G * H, I)``
     weight_hh: Tensor  #: ``(G * H, Hout)``
@@ -38,11 +38,14 @@ class Boundaries(NamedTuple):
     lengths: Tensor | None = None  #: int ``(N,)``: steps at and after it are not run
 
 
+#: No boundaries at all.
+UNBOUNDED = Boundaries()
+
 Cell = Callable[[Tensor, State, Weights], State]
 
 
 def lstm_cell(x: Tensor, state: State, weights: Weights) -> State:
-    """One LSTM step: ``x`` ``(N, I)``, state ``(h, c)`` -> the new ``(h, c)``. The formula of :class:`torch.nn.LSTM`."""
+    """One step of :class:`torch.nn.LSTM`: ``x`` ``(N, I)``, state ``(h, c)`` -> the new ``(h, c)``."""
     h, c = state
     gates = F.linear(x, weights.weight_ih, weights.bias_ih) + F.linear(h, weights.weight_hh, weights.bias_hh)
     i, f, g, o = gates.chunk(4, dim=-1)
@@ -54,7 +57,7 @@ def lstm_cell(x: Tensor, state: State, weights: Weights) -> State:
 
 
 def gru_cell(x: Tensor, state: State, weights: Weights) -> State:
-    """One GRU step: ``x`` ``(N, I)``, state ``(h,)`` -> the new ``(h,)``. The formula of :class:`torch.nn.GRU`."""
+    """One step of :class:`torch.nn.GRU`: ``x`` ``(N, I)``, state ``(h,)`` -> the new ``(h,)``."""
     (h,) = state
     x_r, x_z, x_n = F.linear(x, weights.weight_ih, weights.bias_ih).chunk(3, dim=-1)
     h_r, h_z, h_n = F.linear(h, weights.weight_hh, weights.bias_hh).chunk(3, dim=-1)
@@ -64,13 +67,18 @@ def gru_cell(x: Tensor, state: State, weights: Weights) -> State:
 
 
 def lstm(
-    input: Tensor, h_0: Tensor, c_0: Tensor, weights: Weights, boundaries: Boundaries = Boundaries(), reverse: bool = False
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Weights,
+    boundaries: Boundaries = UNBOUNDED,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run an LSTM over a whole sequence.
 
-    ``input`` ``(L, N, I)``, ``h_0`` ``(N, Hout)``, ``c_0`` ``(N, H)`` -> ``h`` of every step ``(L, N, Hout)``, ``c`` of every
-    step ``(L, N, H)``, ``h_n`` ``(N, Hout)``, ``c_n`` ``(N, H)``. Steps at or after a sequence's length are zero. The cell state
-    accumulates in float32 or better.
+    ``input`` ``(L, N, I)``, ``h_0`` ``(N, Hout)``, ``c_0`` ``(N, H)`` -> ``h`` of every step ``(L, N, Hout)``, ``c``
+    of every step ``(L, N, H)``, ``h_n`` ``(N, Hout)``, ``c_n`` ``(N, H)``. Steps at or after a sequence's length are
+    zero. The cell state accumulates in float32 or better.
 
     >>> rnn, x = torch.nn.LSTM(3, 2), torch.randn(4, 1, 3)
     >>> h, c, h_n, c_n = lstm(x, torch.zeros(1, 2), torch.zeros(1, 2), Weights(*rnn.all_weights[0]))
@@ -82,12 +90,16 @@ def lstm(
 
 
 def gru(
-    input: Tensor, h_0: Tensor, weights: Weights, boundaries: Boundaries = Boundaries(), reverse: bool = False
+    input: Tensor,
+    h_0: Tensor,
+    weights: Weights,
+    boundaries: Boundaries = UNBOUNDED,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a GRU over a whole sequence.
 
-    ``input`` ``(L, N, I)``, ``h_0`` ``(N, H)`` -> ``h`` of every step ``(L, N, H)`` and ``h_n`` ``(N, H)``. Steps at or after a
-    sequence's length are zero.
+    ``input`` ``(L, N, I)``, ``h_0`` ``(N, H)`` -> ``h`` of every step ``(L, N, H)`` and ``h_n`` ``(N, H)``. Steps at
+    or after a sequence's length are zero.
 
     >>> rnn, x = torch.nn.GRU(3, 2), torch.randn(4, 1, 3)
     >>> h, h_n = gru(x, torch.zeros(1, 2), Weights(*rnn.all_weights[0]))
@@ -100,10 +112,11 @@ def gru(
 def scan(
     cell: Cell, input: Tensor, state: State, weights: Weights, boundaries: Boundaries, reverse: bool
 ) -> tuple[State, State]:
-    """Apply ``cell`` to every step of ``input`` ``(L, N, I)`` -> the states of all steps ``(L, N, ..)``, and the last state."""
+    """Apply ``cell`` to every step of ``input`` -> the states of all steps ``(L, N, ..)``, and the last state."""
     num_steps, batch = input.shape[:2]
     valid = valid_steps(num_steps, batch, boundaries.lengths, input.device)
-    input = torch.where(valid[..., None], input, 0)  # what stands behind the end, NaN included, must not reach a gradient
+    # What stands behind the end of a sequence, NaN included, must not reach a gradient.
+    input = torch.where(valid[..., None], input, 0)
     zeros = tuple(torch.zeros_like(s) for s in state)
     states: list[State] = [zeros] * num_steps
     for t in reversed(range(num_steps)) if reverse else range(num_steps):
@@ -129,7 +142,7 @@ def cross(state: State, edge: int, valid: Tensor, boundaries: Boundaries) -> Sta
 
 
 def select(condition: Tensor, yes: State, no: State) -> State:
-    """``yes`` for the sequences where ``condition`` ``(N,)`` holds, else ``no``. Selected, never multiplied: NaN cannot leak."""
+    """``yes`` for the sequences where ``condition`` ``(N,)`` holds, else ``no``; selected, so that no NaN leaks."""
     return tuple(torch.where(condition[:, None], y.to(n.dtype), n) for y, n in zip(yes, no, strict=True))
 
 
@@ -145,8 +158,8 @@ def lstm_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All directions of one LSTM layer, the forward one first.
 
-    ``h_0`` ``(D, N, Hout)``, ``c_0`` ``(D, N, H)`` -> ``output`` ``(L, N, D * Hout)``, ``h_n`` ``(D, N, Hout)``, ``c_n``
-    ``(D, N, H)``, ``c`` of every step ``(L, N, D, H)``.
+    ``h_0`` ``(D, N, Hout)``, ``c_0`` ``(D, N, H)`` -> ``output`` ``(L, N, D * Hout)``, ``h_n`` ``(D, N, Hout)``,
+    ``c_n`` ``(D, N, H)``, ``c`` of every step ``(L, N, D, H)``.
     """
     runs = [lstm(input, h_0[d], c_0[d], w, boundaries[d], reverse=d == 1) for d, w in enumerate(weights)]
     h, c, h_n, c_n = zip(*runs, strict=True)

@@ -26,8 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
   project_input(op, input, directions, gates);
   Tensor hidden_gates;
   if (z.steps == 1) {
-    const Tensor start = h_0 ? *h_0 : torch::stable::new_zeros(input, {z.directions, z.batch, hidden});
-    hidden_gates = project_state(z, directions, start, reset_mask, reset_h);
+    hidden_gates = project_state(z, directions, input, h_0, reset_mask, reset_h);
     p.hidden_gates = hidden_gates.const_data_ptr();
   }
   Tensor output = empty(input, {z.steps, z.batch, z.directions * hidden});

@@ -63,18 +63,18 @@ inline void project_input(const char* op, const Tensor& input, const std::vector
 
 // For one step without projection: h @ W_hh^T by torch's product, (D, N, G * H). Packing the weights would take longer than
 // the step. `h_0` is what enters the step if no reset replaces it.
-inline Tensor project_state(const Sizes& z, const std::vector<DirectionTensors>& directions, const Tensor& h_0,
+inline Tensor project_state(const Sizes& z, const std::vector<DirectionTensors>& directions, const Tensor& like, const MaybeTensor& h_0,
                             const MaybeTensor& reset_mask, const MaybeTensor& reset_h) {
-  const int64_t rows = directions[0].weight_hh->size(0);
-  Tensor product = empty(h_0, {z.directions, z.batch, rows});
+  const Shape shape{z.directions, z.batch, directions[0].weight_hh->size(0)};
+  if (!h_0 && !reset_h) return torch::stable::new_zeros(like, shape);
+  Tensor product = empty(like, shape);
   for (int d = 0; d < z.directions; ++d) {
-    Tensor h = torch::stable::select(h_0, 0, d);
+    Tensor h = h_0 ? torch::stable::select(*h_0, 0, d) : torch::stable::new_zeros(like, {z.batch, z.hidden_out});
     if (reset_mask && d == 0) {  // the reverse direction starts with its only step and crosses no edge
       const Tensor replaced = reset_h ? torch::stable::select(*reset_h, 0, d) : torch::stable::new_zeros(h, {z.batch, z.hidden_out});
       h = where(torch::stable::transpose(*reset_mask, 0, 1), replaced, h);
     }
-    Tensor out = torch::stable::select(product, 0, d);
-    multiply_into(h, torch::stable::transpose(*directions[d].weight_hh, 0, 1), out);
+    multiply_into(h, torch::stable::transpose(*directions[d].weight_hh, 0, 1), torch::stable::select(product, 0, d));
   }
   return product;
 }

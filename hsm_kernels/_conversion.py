@@ -4,17 +4,19 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .modules import GRU, LSTM, GRUCell, LSTMCell
+from . import modules
 
 __all__ = ["Conversion", "convert", "from_torch", "to_torch"]
 
-_TO_OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LSTM: LSTM,
-    nn.GRU: GRU,
-    nn.LSTMCell: LSTMCell,
-    nn.GRUCell: GRUCell,
-}
-_TO_TORCH = {ours: theirs for theirs, ours in _TO_OURS.items()}
+
+def _ours() -> dict[type[nn.Module], type[nn.Module]]:
+    """Which of our modules stands for which of torch.nn's."""
+    return {
+        nn.LSTM: modules.LSTM,
+        nn.GRU: modules.GRU,
+        nn.LSTMCell: modules.LSTMCell,
+        nn.GRUCell: modules.GRUCell,
+    }
 
 
 class Conversion(NamedTuple):
@@ -35,7 +37,7 @@ def from_torch(module: nn.Module) -> Any:
     >>> ours.weight_hh_l0 is theirs.weight_hh_l0
     True
     """
-    return _shared(module, _TO_OURS, "from_torch")
+    return _shared(module, _ours(), "from_torch")
 
 
 def to_torch(module: nn.Module) -> Any:
@@ -43,11 +45,12 @@ def to_torch(module: nn.Module) -> Any:
 
     Raises TypeError for any other type.
 
-    >>> ours = LSTM(3, 4)
+    >>> import hsm_kernels as hsm
+    >>> ours = hsm.LSTM(3, 4)
     >>> type(to_torch(ours)).__module__
     'torch.nn.modules.rnn'
     """
-    return _shared(module, _TO_TORCH, "to_torch")
+    return _shared(module, {ours: theirs for theirs, ours in _ours().items()}, "to_torch")
 
 
 def _shared(module: nn.Module, types: dict[type[nn.Module], type[nn.Module]], who: str) -> nn.Module:
@@ -58,8 +61,10 @@ def _shared(module: nn.Module, types: dict[type[nn.Module], type[nn.Module]], wh
     if reason:
         raise TypeError(f"{who}: {reason}")
     twin = types[type(module)].__new__(types[type(module)])
-    state = module.__getstate__() if isinstance(module, nn.RNNBase) else module.__dict__  # drops weak references
-    twin.__setstate__({key: value.copy() if isinstance(value, dict) else value for key, value in state.items()})
+    # RNNBase.__getstate__ drops its weak references, which must not be shared.
+    state: dict[str, Any] = module.__getstate__() if isinstance(module, nn.RNNBase) else module.__dict__  # type: ignore[no-untyped-call]
+    copied = {key: value.copy() if isinstance(value, dict) else value for key, value in state.items()}
+    twin.__setstate__(copied)  # type: ignore[no-untyped-call]
     if isinstance(twin, nn.RNNBase):
         twin._init_flat_weights()
     return twin
@@ -73,7 +78,7 @@ def _not_shareable(module: nn.Module) -> str | None:
 
 
 def convert(model: nn.Module) -> Conversion:
-    """Swap every nn.LSTM, nn.GRU, nn.LSTMCell and nn.GRUCell inside ``model`` for ours, in place, sharing its parameters.
+    """Swap every nn.LSTM, nn.GRU and cell inside ``model`` for ours, in place, sharing its parameters.
 
     Returns the names of what was converted and of what was left with the reason: subclasses, modules with hooks or
     parametrizations, and ``model`` itself, which cannot be swapped in place (use :func:`from_torch`).
@@ -83,17 +88,17 @@ def convert(model: nn.Module) -> Conversion:
     >>> convert(model).converted
     ('encoder',)
     """
-    converted: dict[nn.Module, nn.Module] = {}
+    converted: dict[object, nn.Module] = {}
     names: list[str] = []
     left: dict[str, str] = {}
-    if isinstance(model, tuple(_TO_OURS)):
+    if isinstance(model, tuple(_ours())):
         left[""] = "the model itself cannot be swapped in place; use from_torch(model)"
     for parent_name, parent in list(model.named_modules()):
         for child_name, child in list(parent.named_children()):
             name = f"{parent_name}.{child_name}" if parent_name else child_name
-            if not isinstance(child, tuple(_TO_OURS)):
+            if not isinstance(child, nn.Module) or not isinstance(child, tuple(_ours())):
                 continue
-            if type(child) not in _TO_OURS:
+            if type(child) not in _ours():
                 left[name] = f"{type(child).__name__} is a subclass of torch.nn's and may override what it does"
                 continue
             reason = _not_shareable(child)

@@ -1,0 +1,76 @@
+"""Runs the compiler: one process per source, several at a time, then one to link."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from . import toolchain
+from .description import Description
+
+_ERROR_LINE = re.compile(r"\berror: |\bundefined reference\b|\bcannot find\b")
+
+
+class CompileError(RuntimeError):
+    """The compiler failed. The message is its first error line; ``log`` is all it printed."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+def build_library(
+    description: Description,
+    compiler: toolchain.Compiler,
+    torch: toolchain.TorchFiles,
+    *,
+    work: Path,
+    output: Path,
+    environ: Mapping[str, str],
+) -> None:
+    """Compile and link ``description`` into the file ``output``; object files go to ``work``."""
+    if not description.sources:
+        raise toolchain.Unavailable(f"there are no C++ sources in {description.root}")
+    # -isystem: the warnings of torch's headers are not ours.
+    includes = ["-I", str(description.root), "-isystem", str(torch.include)]
+    if description.needs_python_headers:
+        includes += ["-isystem", str(toolchain.python_include())]
+    # cpu/lstm.cpp and binding/lstm.cpp must not share an object file.
+    objects = {name: str(work / f"{name.replace('/', '-')}.o") for name in description.sources}
+    compile_command = [*compiler.command, *description.compile_flags, *includes]
+    commands = [
+        [*compile_command, "-c", str(description.root / source), "-o", target]
+        for source, target in objects.items()
+    ]
+    with ThreadPoolExecutor(toolchain.job_limit(environ)) as pool:
+        logs = list(pool.map(lambda command: _run(command, environ), commands))
+    _raise_first_error(logs)
+    link_command = [*compiler.command, *description.link_flags, *objects.values(), f"-L{torch.lib}"]
+    libraries = [f"-l{name}" for name in description.libraries]
+    _raise_first_error([_run([*link_command, *libraries, "-o", str(output)], environ)])
+
+
+def _run(command: list[str], environ: Mapping[str, str]) -> tuple[int, str]:
+    """The exit status of ``command``, and what it printed below the command itself."""
+    # The C locale: an error line is recognised by the English word.
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**environ, "LC_ALL": "C"},
+    )
+    return done.returncode, f"$ {shlex.join(command)}\n{done.stdout}"
+
+
+def _raise_first_error(logs: list[tuple[int, str]]) -> None:
+    for status, log in logs:
+        if status:
+            lines = [line for line in log.splitlines()[1:] if line.strip()]
+            errors = [line for line in lines if _ERROR_LINE.search(line)]
+            first = (errors or lines or [f"the compiler ended with status {status}"])[0]
+            raise CompileError(first.strip(), "\n".join(text for _, text in logs))

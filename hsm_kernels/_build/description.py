@@ -1,0 +1,90 @@
+"""What the native library is made of: the one list for setup.py and the just-in-time build."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+#: The version of the package; pyproject.toml takes it from here.
+VERSION = "0.1.0"
+
+#: Raised when the meaning of a cache entry changes, so that old entries are left alone.
+SCHEMA = 1
+
+#: The oldest torch that may load the library: 2.11. By the stable ABI every later one may, too.
+TORCH_TARGET_VERSION = "0x020b000000000000"
+
+#: What belongs to the library in csrc; wheels carry exactly these files.
+FILE_PATTERNS = ("*.cpp", "*.h", "*.inl")
+
+#: In the order of compilation: the sources that take longest come first.
+SOURCE_DIRECTORIES = ("cpu", "binding")
+
+#: Only this file includes Python.h. It makes the library an importable module, which the
+#: just-in-time build does not need.
+PYTHON_MODULE_SOURCE = "binding/module.cpp"
+
+#: No -march and no OpenMP: instruction sets are chosen at run time, threads come from torch.
+COMPILE_FLAGS = (
+    "-O2",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+)
+LINK_FLAGS = ("-shared", "-Wl,--as-needed")
+LIBRARIES = ("torch_cpu",)
+
+
+@dataclass(frozen=True)
+class Description:
+    """One native library: its files, relative to ``root``, and its flags."""
+
+    root: Path
+    sources: tuple[str, ...]
+    files: tuple[str, ...]
+    compile_flags: tuple[str, ...] = COMPILE_FLAGS
+    link_flags: tuple[str, ...] = LINK_FLAGS
+    libraries: tuple[str, ...] = LIBRARIES
+
+    @property
+    def needs_python_headers(self) -> bool:
+        """Whether one of the sources includes Python.h."""
+        return PYTHON_MODULE_SOURCE in self.sources
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Everything that is passed to the compiler and the linker, but for paths."""
+        return (*self.compile_flags, *self.link_flags, *(f"-l{name}" for name in self.libraries))
+
+    def digest(self) -> str:
+        """Equal digests give equal libraries from the same compiler, wherever the files lie."""
+        state = hashlib.sha256()
+        for text in (str(SCHEMA), VERSION, *sorted(self.flags)):
+            state.update(text.encode() + b"\0")
+        for name in self.files:
+            content = (self.root / name).read_bytes()
+            state.update(f"{name}\0{len(content)}\0".encode() + content)
+        return state.hexdigest()
+
+
+def describe(root: Path, *, python_module: bool) -> Description:
+    """The library whose sources lie in ``root``, a csrc folder.
+
+    With ``python_module`` it has an entry point for ``import`` and needs the Python headers;
+    without, it can only be loaded by ``torch.ops.load_library``.
+    """
+    files = sorted(
+        path.relative_to(root).as_posix()
+        for pattern in FILE_PATTERNS
+        for path in root.rglob(pattern)
+    )
+    sources = [
+        name
+        for directory in SOURCE_DIRECTORIES
+        for name in files
+        if name.startswith(f"{directory}/")
+        and name.endswith(".cpp")
+        and (python_module or name != PYTHON_MODULE_SOURCE)
+    ]
+    return Description(root, tuple(sources), tuple(files))
