@@ -196,3 +196,10 @@ def _dimension_message(parts: State, dims: int) -> str:
     if len(parts) == 2:
         return f"For {kind} input, hx and cx should also be {dims}-D but got ({given}) tensors"
     return f"For {kind} input, hx should also be {dims}-D but got {given} tensor"
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast casts to on ``device``, None if it is off there."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _library
 
@@ -89,7 +90,21 @@ def plan(requested: str | None, device: torch.device, dtype: torch.dtype) -> Pla
     raise RuntimeError(f"hsm_kernels: backend {name!r} was asked for and cannot run this call: {reason}")
 
 
+def _active_transform() -> str | None:
+    """The transform around this call that the operators have no rule for; torch.compile traces them, so None there."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func (vmap, grad, jvp, ...)"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None
+
+
 def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    transform = _active_transform()
+    if transform is not None:
+        return f"the kernels have no rule for {transform}"
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"there are kernels for float64, float32, bfloat16 and float16, the input is {dtype}"
     if device.type != "cpu":
@@ -102,13 +117,14 @@ def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
 def chooses_reference(requested: str | None, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a call runs :mod:`hsm_kernels.reference` by choice.
 
-    Otherwise it runs the operators, which fall back to the reference where there is no kernel. That is said once per
-    reason; that no library is loaded was said at import.
+    Otherwise it runs the operators, which fall back to the reference where there is no kernel. Why the reference runs
+    is said once per reason; that no library is loaded was said at import.
     """
-    if requested is None and _current == "auto" and device.type == "cpu":
+    transform = _active_transform()
+    if requested is None and _current == "auto" and device.type in ("cpu", "meta") and transform is None:
         return False
     chosen = plan(requested, device, dtype)
-    if chosen.fallback and device.type != "cpu" and chosen.reason not in _warned:
+    if chosen.fallback and (device.type != "cpu" or transform is not None) and chosen.reason not in _warned:
         _warned.add(chosen.reason)
         warnings.warn(f"hsm_kernels runs the plain PyTorch reference: {chosen.reason}", RuntimeWarning, stacklevel=5)
-    return chosen.backend == "reference" and not chosen.fallback
+    return chosen.backend == "reference" and (not chosen.fallback or transform is not None)

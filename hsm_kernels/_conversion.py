@@ -88,15 +88,16 @@ def convert(model: nn.Module) -> Conversion:
     >>> convert(model).converted
     ('encoder',)
     """
-    converted: dict[object, nn.Module] = {}
+    converted: dict[nn.Module, nn.Module] = {}
     names: list[str] = []
     left: dict[str, str] = {}
-    if isinstance(model, tuple(_ours())):
+    kinds = tuple(_ours())
+    if isinstance(model, kinds):
         left[""] = "the model itself cannot be swapped in place; use from_torch(model)"
     for parent_name, parent in list(model.named_modules()):
-        for child_name, child in list(parent.named_children()):
+        for child_name, child in list(parent._modules.items()):
             name = f"{parent_name}.{child_name}" if parent_name else child_name
-            if not isinstance(child, nn.Module) or not isinstance(child, tuple(_ours())):
+            if child is None or not isinstance(child, kinds):
                 continue
             if type(child) not in _ours():
                 left[name] = f"{type(child).__name__} is a subclass of torch.nn's and may override what it does"

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _backend
+from ._arguments import autocast_dtype
 from ._backend import Plan
 
 
@@ -30,6 +30,4 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
             f"explain: rnn must be a module of hsm_kernels, got {type(rnn).__name__}; see hsm_kernels.convert"
         )
     data = input.data if isinstance(input, PackedSequence) else input
-    autocast = torch.is_autocast_enabled(data.device.type)
-    dtype = torch.get_autocast_dtype(data.device.type) if autocast else data.dtype
-    return _backend.plan(None, data.device, dtype)
+    return _backend.plan(None, data.device, autocast_dtype(data.device) or data.dtype)

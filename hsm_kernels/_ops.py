@@ -303,8 +303,10 @@ def _projected_gradients(
     if needs_bias_ih:
         grad_bias_ih = _join([part.sum((0, 1)) for part in input_parts])
     if needs_bias_hh:
-        same = grad_bias_ih is not None and input_parts is hidden_parts
-        grad_bias_hh = grad_bias_ih if same else _join([part.sum((0, 1)) for part in hidden_parts])
+        if grad_bias_ih is not None and input_parts is hidden_parts:
+            grad_bias_hh = grad_bias_ih.clone()
+        else:
+            grad_bias_hh = _join([part.sum((0, 1)) for part in hidden_parts])
     return [grad_ih, grad_hh, grad_bias_ih, grad_bias_hh]
 
 

@@ -12,6 +12,7 @@ from ._arguments import (
     LayerState,
     SequenceShape,
     StateSpec,
+    autocast_dtype,
     checked_lengths,
     combined_detach_mask,
     per_layer_states,
@@ -235,8 +236,9 @@ def _run(
         checked_lengths(kind.name, lengths, shape, input.device),
     )
     arguments = _Arguments(steps, layers, states, boundaries)
-    if torch.is_autocast_enabled(input.device.type):
-        arguments = _cast(arguments, torch.get_autocast_dtype(input.device.type))
+    autocast = autocast_dtype(input.device)
+    if autocast is not None:
+        arguments = _cast(arguments, autocast)
         with torch.autocast(input.device.type, enabled=False):
             results = _run_layers(kind, arguments, dropout if training else 0.0, return_states, backend)
     else:
@@ -408,7 +410,7 @@ def _layers(kind: _Kind, weights: Sequence[LayerWeights], directions: int, input
     named = [_named(kind, entry) for entry in weights]
     layers = [named[k : k + directions] for k in range(0, len(named), directions)]
     size, (rows, hidden_out) = input.size(2), named[0].weight_hh.shape
-    dtype = None if torch.is_autocast_enabled(input.device.type) else input.dtype
+    dtype = input.dtype if autocast_dtype(input.device) is None else None
     for layer in layers:
         expected = ((rows, size), (rows, hidden_out), (rows,), (rows,), (hidden_out, rows // kind.gates))
         for entry in layer:

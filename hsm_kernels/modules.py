@@ -30,10 +30,23 @@ class _RNN(nn.RNNBase):
         if hx.size() not in (expected_hidden_size, (layers, 1, size)):
             raise RuntimeError(msg.format(expected_hidden_size, list(hx.size())))
 
+    def _weights_have_changed(self) -> bool:
+        """Whether ``_flat_weights`` is out of date.
+
+        Plain parameters are compared without the attribute look-ups of torch.nn, which take longer than a short call.
+        Whatever else stands in for a parameter is left to torch.nn: reading it may have effects.
+        """
+        parameters = self._parameters
+        for reference, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
+            if reference is None or reference() is not parameters.get(name):
+                return bool(super()._weights_have_changed())  # type: ignore[no-untyped-call]
+        return False
+
     def _weights(self) -> list[Weights]:
         """The parameters as they are now, one entry per layer and direction."""
-        # By attribute, not from _flat_weights: parametrizations, pruning and functional_call all replace attributes.
-        entries = [[getattr(self, name) for name in names] for names in self._all_weights]
+        self._update_flat_weights()
+        per_entry, flat = len(self._all_weights[0]), self._flat_weights
+        entries: list[Any] = [flat[k : k + per_entry] for k in range(0, len(flat), per_entry)]
         if self.bias:
             return [Weights(*entry) for entry in entries]
         return [Weights(entry[0], entry[1], None, None, *entry[2:]) for entry in entries]
