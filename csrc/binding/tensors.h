@@ -81,7 +81,8 @@ class Arguments {
     check_type(op_, name, *tensor, ScalarType::Bool);
     step_stride = tensor->stride(0);
     batch_stride = tensor->stride(1);
-    return static_cast<const bool*>(tensor->const_data_ptr());
+    static const bool nothing = false;  // an empty tensor has no memory, but it was given
+    return tensor->numel() ? static_cast<const bool*>(tensor->const_data_ptr()) : &nothing;
   }
 
  private:

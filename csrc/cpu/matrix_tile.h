@@ -18,50 +18,30 @@ constexpr int max_rows = 2;
 #endif
 constexpr int max_columns = 4;
 
+// The sums run in the same order whatever the number of rows: a sequence gives the same bits in any batch.
 template <class A, int rows, int columns>
 HSM_INLINE void multiply_rows(const A* state, int64_t state_stride, const A* packed, int64_t depth, A* result) {
   constexpr int width = lanes<A>();
-  // One row alone would wait for each addition: it gets a second set of sums for every other step.
-  constexpr int chains = rows == 1 ? 2 : 1;
-  Vector<A> sums[chains][rows][columns];
-#pragma GCC unroll 2
-  for (int s = 0; s < chains; ++s)
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < columns; ++v) sums[s][r][v] = Vector<A>{};
-  int64_t k = 0;
-  for (; k + chains <= depth; k += chains) {
-#pragma GCC unroll 2
-    for (int s = 0; s < chains; ++s) {
-      Vector<A> weights[columns];
-#pragma GCC unroll 4
-      for (int v = 0; v < columns; ++v) memcpy(&weights[v], packed + ((k + s) * columns + v) * width, sizeof(Vector<A>));
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        const A value = state[r * state_stride + k + s];
-#pragma GCC unroll 4
-        for (int v = 0; v < columns; ++v) sums[s][r][v] += weights[v] * value;
-      }
-    }
-  }
-  if (chains > 1 && k < depth)  // the last of an odd number of steps
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < columns; ++v) {
-        Vector<A> weights;
-        memcpy(&weights, packed + (k * columns + v) * width, sizeof weights);
-        sums[0][r][v] += weights * state[r * state_stride + k];
-      }
+  Vector<A> sums[rows][columns];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v) {
-      Vector<A> sum = sums[0][r][v];
-      if (chains == 2) sum += sums[chains - 1][r][v];
-      memcpy(result + (r * columns + v) * width, &sum, sizeof sum);
+    for (int v = 0; v < columns; ++v) sums[r][v] = Vector<A>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector<A> weights[columns];
+#pragma GCC unroll 4
+    for (int v = 0; v < columns; ++v) memcpy(&weights[v], packed + (k * columns + v) * width, sizeof(Vector<A>));
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const A value = state[r * state_stride + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < columns; ++v) sums[r][v] += weights[v] * value;
     }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < columns; ++v) memcpy(result + (r * columns + v) * width, &sums[r][v], sizeof(Vector<A>));
 }
 
 template <class A, int columns>

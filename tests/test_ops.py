@@ -1,0 +1,336 @@
+"""The operators against the reference: native kernels where a library is loaded, the fallback elsewhere."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import assert_close_to_reference
+from torch import Tensor
+
+import hsm_kernels as hsm
+from hsm_kernels import _fallback, reference
+from hsm_kernels.reference import Weights
+
+OPS = torch.ops.hsm_kernels
+LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass
+class Case:
+    """The arguments of one forward call, drawn in float64."""
+
+    cell: str
+    steps: int = 5
+    batch: int = 3
+    inputs: int = 4
+    hidden: int = 6
+    proj_size: int = 0
+    directions: int = 1
+    bias: bool = True
+    initial: bool = True
+    resets: bool = False
+    reset_state: bool = False
+    detaches: bool = False
+    lengths: bool = False
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64, generator=generator).to(self.dtype).requires_grad_()
+
+        def draw_matrix(rows: int, columns: int) -> Tensor:
+            return (draw(rows, columns).detach() / columns**0.5).requires_grad_()
+
+        out = self.proj_size or self.hidden
+        rows = self.hidden * (4 if self.cell == "LSTM" else 3)
+        self.weights = [
+            Weights(
+                draw_matrix(rows, self.inputs),
+                draw_matrix(rows, out),
+                draw(rows) if self.bias else None,
+                draw(rows) if self.bias else None,
+                draw_matrix(self.proj_size, self.hidden) if self.proj_size else None,
+            )
+            for _ in range(self.directions)
+        ]
+        self.input = draw(self.steps, self.batch, self.inputs)
+        sizes = (out, self.hidden) if self.cell == "LSTM" else (out,)
+        shapes = [(self.directions, self.batch, size) for size in sizes]
+        none = (None,) * len(sizes)
+        self.state = tuple(draw(*shape) for shape in shapes) if self.initial else none
+        self.reset_to = tuple(draw(*shape) for shape in shapes) if self.resets and self.reset_state else none
+
+        def mask(wanted: bool) -> Tensor | None:
+            return torch.rand(self.batch, self.steps, generator=generator).t() < 0.3 if wanted else None
+
+        self.reset_mask, self.detach_mask = mask(self.resets), mask(self.detaches)
+        drawn = torch.randint(0, self.steps + 1, (self.batch,), generator=generator)
+        self.length = drawn if self.lengths else None
+
+    @property
+    def differentiable(self) -> list[Tensor]:
+        tensors = [self.input, *self.state, *self.reset_to, *(w for entry in self.weights for w in entry)]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def arguments(self, training: bool = True) -> tuple[Any, ...]:
+        """What the forward operator takes."""
+        per_direction = 5 if self.cell == "LSTM" else 4
+        flat = [tensor for entry in self.weights for tensor in entry[:per_direction]]
+        flat += [None] * (2 * per_direction - len(flat))
+        boundaries = (self.reset_mask, *self.reset_to, self.detach_mask, self.length)
+        flags = (True, training) if self.cell == "LSTM" else (training,)
+        return (self.input, *self.state, *flat, *boundaries, *flags)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """The operator's results, without the gates."""
+        op = OPS.lstm_forward if self.cell == "LSTM" else OPS.gru_forward
+        return op(*self.arguments())[:-1]
+
+    def by_reference(self) -> tuple[Tensor, ...]:
+        """The same by the reference, in the same order."""
+        sizes = (self.proj_size or self.hidden, self.hidden)
+        state = [
+            _fallback.initial_or_zeros(part, self.input, self.directions, size)
+            for part, size in zip(self.state, sizes, strict=False)
+        ]
+        if self.cell == "LSTM":
+            boundaries = _fallback.lstm_boundaries(
+                self.directions, self.reset_mask, *self.reset_to, self.detach_mask, self.length
+            )
+            return reference.lstm_layer(self.input, *state, self.weights, boundaries)
+        boundaries = _fallback.gru_boundaries(
+            self.directions, self.reset_mask, *self.reset_to, self.detach_mask, self.length
+        )
+        return reference.gru_layer(self.input, *state, self.weights, boundaries)
+
+    def in_dtype(self, dtype: torch.dtype) -> "Case":
+        """The same numbers, rounded to this case's dtype, in another one."""
+        other = Case(**{name: getattr(self, name) for name in FIELDS})
+
+        def convert(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
+
+        other.input = self.input.detach().to(dtype).requires_grad_()
+        other.state = tuple(map(convert, self.state))
+        other.reset_to = tuple(map(convert, self.reset_to))
+        other.weights = [Weights(*map(convert, entry)) for entry in self.weights]  # type: ignore[arg-type]
+        return other
+
+    def gradients(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Of everything differentiable, for drawn gradients of all ``outputs``."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        upstream = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
+        pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+        if not pairs:  # no steps and no state: nothing depends on anything
+            return tuple(torch.zeros_like(tensor) for tensor in self.differentiable)
+        return torch.autograd.grad(
+            [o for o, _ in pairs], self.differentiable, [g for _, g in pairs], materialize_grads=True
+        )
+
+
+FIELDS = [entry.name for entry in fields(Case)]
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype]) -> Case:
+    """Odd sizes around the widths of vectors and tiles, every flag, short and long."""
+    cell = draw(st.sampled_from(["LSTM", "GRU"]))
+    hidden = draw(st.integers(1, 37))
+    projects = cell == "LSTM" and hidden > 1 and draw(st.booleans())
+    return Case(
+        cell,
+        steps=draw(st.integers(0, 6)),
+        batch=draw(st.integers(0, 15)),
+        inputs=draw(st.integers(1, 9)),
+        hidden=hidden,
+        proj_size=draw(st.integers(1, hidden - 1)) if projects else 0,
+        directions=draw(st.integers(1, 2)),
+        bias=draw(st.booleans()),
+        initial=draw(st.booleans()),
+        resets=draw(st.booleans()),
+        reset_state=draw(st.booleans()),
+        detaches=draw(st.booleans()),
+        lengths=draw(st.booleans()),
+        dtype=draw(dtypes),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+@given(cases(st.just(torch.float64)))
+def test_float64_equals_the_reference(poisoned_memory: None, case: Case) -> None:
+    """Values and every gradient; what a kernel forgets to write, or reads too early, is NaN."""
+    ours, wanted = case.forward(), case.by_reference()
+    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(case.gradients(ours), case.gradients(wanted), rtol=1e-9, atol=1e-9)
+
+
+@given(cases(st.sampled_from(LOW_PRECISION)))
+def test_other_dtypes_are_as_accurate_as_the_reference(poisoned_memory: None, case: Case) -> None:
+    """Against float64 on the same numbers, with the reference's own error in the dtype as the allowance."""
+    exact = case.in_dtype(torch.float64)
+    ours, low, wanted = case.forward(), case.by_reference(), exact.by_reference()
+    for k in range(len(wanted)):
+        assert_close_to_reference(ours[k], wanted[k], low[k], f"result {k}")
+    grads = case.gradients(ours), exact.gradients(wanted), case.gradients(low)
+    for k, (ours_k, wanted_k, low_k) in enumerate(zip(*grads, strict=True)):
+        assert_close_to_reference(ours_k, wanted_k, low_k, f"gradient {k}")
+
+
+LARGE = {
+    "unit groups": {"hidden": 150, "batch": 2, "steps": 40},
+    "batch groups": {"hidden": 70, "batch": 40, "steps": 20},
+    "projection": {"hidden": 130, "proj_size": 70, "batch": 5, "steps": 30, "cell": "LSTM"},
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_threads_give_the_same_bits(cell: str, directions: int, name: str) -> None:
+    """Large enough to be cut between threads, by units or by sequences; more threads than cores must not hang."""
+    options = {"cell": cell, **LARGE[name]}
+    case = Case(**options, directions=directions, resets=True, lengths=True, detaches=True, dtype=torch.float32)  # type: ignore[arg-type]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outputs = case.forward()
+            grads = case.gradients(outputs)
+            results.append((outputs, grads))
+    finally:
+        torch.set_num_threads(before)
+    for outputs, grads in results[1:]:
+        torch.testing.assert_close(outputs, results[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(grads, results[0][1], rtol=1e-4, atol=1e-4)
+    wanted = case.in_dtype(torch.float64).by_reference()
+    torch.testing.assert_close(results[0][0], tuple(w.float() for w in wanted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_one_step_equals_many(cell: str) -> None:
+    """A single step takes a way of its own through the native kernels; stepping must give what one call gives."""
+    case = Case(cell, steps=6, batch=4, hidden=20, resets=True, reset_state=True)
+    output, *final = case.forward()[:3] if cell == "LSTM" else case.forward()
+    whole = (case.input, case.reset_mask, case.state)
+    steps = []
+    for t in range(6):
+        case.input, case.reset_mask = whole[0][t : t + 1], whole[1][t : t + 1]
+        step, *state = case.forward()[:3] if cell == "LSTM" else case.forward()
+        case.state = tuple(state)
+        steps.append(step)
+    torch.testing.assert_close(torch.cat(steps), output)
+    torch.testing.assert_close(list(case.state), final)
+
+
+FLAGS = {
+    "plain": {},
+    "no bias, no state": {"bias": False, "initial": False},
+    "two directions": {"directions": 2},
+    "boundaries": {"resets": True, "reset_state": True, "detaches": True, "lengths": True, "directions": 2},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("cell, proj_size", [("LSTM", 0), ("LSTM", 3), ("GRU", 0)])
+def test_opcheck(cell: str, proj_size: int, flags: str) -> None:
+    """Schema, fake kernel, autograd registration and tracing, of the forward and the backward operator."""
+    case = Case(cell, proj_size=proj_size, **FLAGS[flags])  # type: ignore[arg-type]
+    name = cell.lower()
+    torch.library.opcheck(getattr(OPS, f"{name}_forward").default, case.arguments())
+    torch.library.opcheck(getattr(OPS, f"{name}_backward").default, backward_arguments(case))
+
+
+def backward_arguments(case: Case) -> tuple[Any, ...]:
+    """What the backward operator takes after the forward pass of ``case``."""
+    op = OPS.lstm_forward if case.cell == "LSTM" else OPS.gru_forward
+    with torch.no_grad():
+        output, *rest = op(*case.arguments())
+    weights = [
+        w for entry in case.weights for w in (entry.weight_hh, entry.weight_hr)[: 2 if case.cell == "LSTM" else 1]
+    ]
+    weights += [None] * ((4 if case.cell == "LSTM" else 2) - len(weights))
+    weights = [None if w is None else w.detach() for w in weights]
+    state = [None if part is None else part.detach() for part in case.state]
+    reset = [None if part is None else part.detach() for part in case.reset_to]
+    if case.cell == "LSTM":
+        h_n, c_n, c_states, gates = rest
+        grads = [torch.randn_like(t) for t in (output, h_n, c_n, c_states)]
+        return (*grads, c_states, gates, state[1], *weights, case.reset_mask, reset[1], case.detach_mask, case.length)
+    h_n, gates = rest
+    grads = [torch.randn_like(t) for t in (output, h_n)]
+    return (*grads, output, gates, state[0], *weights, case.reset_mask, reset[0], case.detach_mask, case.length)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_gradgradcheck(cell: str) -> None:
+    case = Case(cell, steps=3, batch=2, hidden=3, resets=True, reset_state=True, lengths=True)
+    tensors = case.differentiable
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        case.input, *rest = values
+        parts = len(case.state)
+        case.state, case.reset_to = tuple(rest[:parts]), tuple(rest[parts : 2 * parts])
+        case.weights = [Weights(*rest[2 * parts :])]
+        return case.forward()
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_backward_operators_refuse_to_be_differentiated(cell: str) -> None:
+    first, *others = backward_arguments(Case(cell))
+    result = getattr(OPS, f"{cell.lower()}_backward")(first.requires_grad_(), *others)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        result[0].sum().backward()
+
+
+def test_a_call_without_training_refuses_gradients() -> None:
+    with pytest.raises(RuntimeError, match="training=True"):
+        OPS.gru_forward(*Case("GRU").arguments(training=False))
+
+
+@pytest.mark.requires_library
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("what", ["weight_ih", "weight_hh", "h_0", "reset_mask", "lengths"])
+def test_the_native_kernels_guard_their_memory(cell: str, what: str) -> None:
+    """Python checks first, with better words; this is what stands between a bug there and foreign memory."""
+    case = Case(cell, resets=True, lengths=True)
+    if what == "h_0":
+        case.state = (torch.randn(1, 1, 6, dtype=torch.float64), *case.state[1:])
+    elif what == "reset_mask":
+        case.reset_mask = case.reset_mask[1:]
+    elif what == "lengths":
+        case.length = case.length[1:]
+    else:
+        case.weights = [case.weights[0]._replace(**{what: torch.randn(7, 2, dtype=torch.float64)})]
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"{what} must have shape"):
+        case.forward()
+
+
+@pytest.mark.requires_library
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2"])
+def test_instruction_sets(instruction_set: str) -> None:
+    """The kernels that this machine would not choose pass the same tests."""
+    if os.environ.get("HSM_KERNELS_CPU_ISA"):
+        pytest.skip("already runs with a chosen instruction set")
+    chosen = "equals_the_reference or other_dtypes or threads or one_step"
+    environment = {**os.environ, "HSM_KERNELS_CPU_ISA": instruction_set}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen, "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_library_is_what_the_dispatcher_says() -> None:
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key("hsm_kernels::lstm_forward", "CPU")
+    assert registered == hsm.build_info().loaded
