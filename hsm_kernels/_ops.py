@@ -195,7 +195,7 @@ def _lstm_gradients(
     reset_mask, reset_h, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
     weights = _directions(saved[3:13])
     _, weight_hh, _, _, weight_hr, _, weight_hh_reverse, _, _, weight_hr_reverse = saved[3:13]
-    grad_gates, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = torch.ops.hsm_kernels.lstm_backward(
+    grad_gates, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = torch.ops.hsm_kernels.lstm_backward.default(
         *grads, c_states, gates, c_0, weight_hh, weight_hr, weight_hh_reverse, weight_hr_reverse,
         reset_mask, reset_c, detach_mask, lengths,
     )  # fmt: skip
@@ -245,7 +245,7 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
     input, h_0 = saved[:2]
     reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
     weights = _directions(saved[2:10])
-    grad_gates, grad_h_0, grad_reset_h = torch.ops.hsm_kernels.gru_backward(
+    grad_gates, grad_h_0, grad_reset_h = torch.ops.hsm_kernels.gru_backward.default(
         *grads, output, gates, h_0, saved[3], saved[7],
         reset_mask, reset_h, detach_mask, lengths,
     )  # fmt: skip
@@ -392,3 +392,41 @@ for _name, (_kernel, _fake, _gradients, _setup) in _KERNELS.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradients, setup_context=_setup, lib=_library)
+
+
+# ----------------------------------------------------------------------------------------------------- the short way in
+
+
+def _eager(op: Any, setup: Any, gradients: Any) -> Any:
+    """``op``, called without the detour that a gradient registered in Python takes through the dispatcher.
+
+    The detour costs more than a short call. What runs and what is saved is the same. torch.compile must see the
+    operator.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*arguments)
+            setup(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradients(ctx, *grads)
+
+    def call(*arguments: Any) -> Any:
+        """The last argument is ``training``: whether a gradient is needed."""
+        if torch.compiler.is_compiling():
+            return op(*arguments)
+        if arguments[-1]:
+            return Function.apply(*arguments)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
+
+
+lstm_forward = _eager(torch.ops.hsm_kernels.lstm_forward.default, _lstm_setup, _lstm_gradients)
+gru_forward = _eager(torch.ops.hsm_kernels.gru_forward.default, _gru_setup, _gru_gradients)

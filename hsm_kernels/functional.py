@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _backend, reference
+from . import _backend, _ops, reference
 from ._arguments import (
     LayerState,
     SequenceShape,
@@ -20,8 +20,6 @@ from ._arguments import (
 )
 from ._fallback import gru_boundaries, initial_or_zeros, lstm_boundaries
 from .reference import State, Weights
-
-_lstm_forward, _gru_forward = torch.ops.hsm_kernels.lstm_forward.default, torch.ops.hsm_kernels.gru_forward.default
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell"]
 
@@ -299,7 +297,7 @@ def _lstm_op_layer(
     reset_h, reset_c = reset_state or (None, None)
     reverse = weights[1] if len(weights) == 2 else (None,) * 5
     training = _needs_gradient(input, h_0, c_0, *weights[0], *reverse, reset_h, reset_c)
-    output, h_n, c_n, c_states, _ = _lstm_forward(
+    output, h_n, c_n, c_states, _ = _ops.lstm_forward(
         input, h_0, c_0, *weights[0], *reverse, boundaries.reset_mask, reset_h, reset_c, boundaries.detach_mask,
         boundaries.lengths, return_states, training,
     )  # fmt: skip
@@ -321,7 +319,7 @@ def _gru_op_layer(
     )
     reverse = weights[1][:4] if len(weights) == 2 else (None,) * 4
     training = _needs_gradient(input, h_0, *weights[0], *reverse, reset_h)
-    output, h_n, _ = _gru_forward(
+    output, h_n, _ = _ops.gru_forward(
         input, h_0, *weights[0][:4], *reverse, boundaries.reset_mask, reset_h, boundaries.detach_mask,
         boundaries.lengths, training,
     )  # fmt: skip

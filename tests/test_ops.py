@@ -334,3 +334,36 @@ def test_instruction_sets(instruction_set: str) -> None:
 def test_library_is_what_the_dispatcher_says() -> None:
     registered = torch._C._dispatch_has_kernel_for_dispatch_key("hsm_kernels::lstm_forward", "CPU")
     assert registered == hsm.build_info().loaded
+
+
+def activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """sigmoid(x) and tanh(x) as the kernels compute them: the gates of an LSTM whose bias is ``x``."""
+    hidden, zero = x.numel(), torch.zeros(1, 1, 1)
+    weights = (torch.zeros(4 * hidden, 1), torch.zeros(4 * hidden, hidden))
+    none = (None,) * 12
+    gates = OPS.lstm_forward(zero, None, None, *weights, x.repeat(4), *none, False, True)[4].flatten()
+    return gates[:hidden], gates[2 * hidden : 3 * hidden]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_activations_are_accurate_over_every_exponent(sign: int) -> None:
+    """Errors in units of the last place; sigmoid may lose relative accuracy only below 1e-37, where it underflows."""
+    mantissas = 1 + torch.arange(8) / 8
+    x = sign * torch.cat([torch.ldexp(mantissas, torch.tensor(e)) for e in range(-120, 8)])
+    x = torch.cat([x, sign * torch.linspace(0, 30, 1001)])
+    sigmoid, tanh = activations(x)
+    for ours, wanted in ((sigmoid, x.double().sigmoid()), (tanh, x.double().tanh())):
+        ulp = torch.finfo(torch.float32).eps * torch.ldexp(torch.ones_like(wanted), torch.frexp(wanted).exponent - 1)
+        error = (ours.double() - wanted).abs() / ulp
+        normal = wanted.abs() > 1e-37
+        assert error[normal].max() <= 3
+        assert ours[~normal].abs().sum() <= 1e-36
+
+
+def test_activations_of_special_values() -> None:
+    infinity = float("inf")
+    sigmoid, tanh = activations(torch.tensor([infinity, -infinity, float("nan"), 0.0, 1e30, -1e30]))
+    expected = torch.tensor([1.0, 0.0, float("nan"), 0.5, 1.0, 0.0])
+    torch.testing.assert_close(sigmoid, expected, equal_nan=True, rtol=0, atol=1e-37)
+    expected = torch.tensor([1.0, -1.0, float("nan"), 0.0, 1.0, -1.0])
+    torch.testing.assert_close(tanh, expected, equal_nan=True, rtol=0, atol=0)
