@@ -1,0 +1,90 @@
+# make demo    train a character model with torch.nn.LSTM and with hsm_kernels.LSTM, and compare
+# make test    lint; the tests with the built library, with none, and with one built just in time
+# Both work on a machine that has nothing but python3 (3.10 or later), make and a network.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed where $(PYTHON) has no torch of its own.
+TORCH ?= torch==2.13.0
+# Without a GPU torch's CPU build is enough, and much smaller. Empty: only the package index.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+PIP_FLAGS ?=
+ARGS ?=
+# For test-versions.
+TORCH_VERSIONS ?= 2.11.0 2.13.0 2.14.1
+
+BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
+PYTEST := $(BIN)/pytest
+NEEDS_LIBRARY := tests/test_abi.py tests/test_build.py tests/test_jit.py
+SOURCES := $(shell find hsm_kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+
+.PHONY: demo test lint test-wheel test-none test-jit test-versions bench bench-full clean
+.NOTPARALLEL:
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/char_lm.py $(ARGS)
+
+test: lint test-wheel test-none test-jit
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Everything, with the library of the wheel. The README's examples are in tests/test_readme.py.
+test-wheel: $(VENV)/installed
+	$(PYTEST) --ignore tests/test_jit.py $(ARGS)
+	$(PYTEST) --doctest-modules --pyargs hsm_kernels
+
+# The reference alone.
+test-none: $(VENV)/installed
+	HSM_KERNELS_BUILD=none $(PYTEST) $(NEEDS_LIBRARY:%=--ignore %) $(ARGS)
+
+# The just-in-time build and its faults; then the ops once more, with a library built so.
+test-jit: $(VENV)/installed
+	$(PYTEST) tests/test_jit.py $(ARGS)
+	HSM_KERNELS_JIT=force HSM_KERNELS_CACHE_DIR=build/jit-cache $(PYTEST) tests/test_ops.py $(ARGS)
+
+# One library, several torches. Downloads each of them, with CUDA several gigabytes: TORCH_INDEX has smaller ones.
+test-versions: $(VENV)/installed
+	set -e; for version in $(TORCH_VERSIONS); do \
+	    target=build/torch-$$version; \
+	    test -d $$target || $(PIP) $(TORCH_INDEX:%=--extra-index-url %) --target $$target torch==$$version; \
+	    export PYTHONPATH=$$target HSM_KERNELS_JIT=0; \
+	    $(BIN)/python -P -c 'import hsm_kernels; print(hsm_kernels.build_info())'; \
+	    $(PYTEST) tests/test_abi.py tests/test_ops.py $(ARGS); \
+	done
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/bench_rnn.py --quick $(ARGS)
+
+bench-full: $(VENV)/installed
+	$(BIN)/python benchmarks/bench_rnn.py --full $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# A torch that $(PYTHON) can import is reused: its folders are appended to the search path of the environment.
+REUSE_TORCH := import sys, torch; \
+    print(*[p for p in sys.path if p.endswith(("site-packages", "dist-packages"))], sep="\n"); \
+    sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
+
+$(VENV)/torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hsm_kernels needs Python 3.10 or later")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	if $(PYTHON) -c '$(REUSE_TORCH)' > $(VENV)/reuse.pth 2> /dev/null; then \
+	    mv $(VENV)/reuse.pth $(VENV)/lib/python3.*/site-packages/; \
+	else \
+	    rm $(VENV)/reuse.pth; \
+	    $(PIP) --no-deps --retries 1 $(TORCH_INDEX:%=--extra-index-url %) $(TORCH) && $(PIP) $(TORCH); \
+	fi
+	$(PIP) 'setuptools>=77'
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py MANIFEST.in README.md $(SOURCES)
+	rm -rf build/lib* build/bdist* build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(PIP) --force-reinstall --no-deps build/wheel/*.whl
+	$(PIP) "$$(echo build/wheel/*.whl)[dev,demo]"
+	touch $@

@@ -1,0 +1,82 @@
+"""The library needs only the stable interface of torch, so that one binary serves all versions."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from build_helpers import COMPILER, needs_compiler
+
+import hsm_kernels
+from hsm_kernels._build import description
+
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+
+#: C++ names of torch change from version to version.
+UNSTABLE = re.compile(r"\b(at|c10|torch|caffe2)::")
+
+
+def undefined_symbols(library: Path) -> list[str]:
+    """What ``library`` takes from others, C++ names in plain text, without symbol versions."""
+    command = ["nm", "--dynamic", "--undefined-only", "--demangle", "--format=just-symbols"]
+    done = subprocess.run([*command, library], capture_output=True, text=True, check=True)
+    return [line.split("@")[0] for line in done.stdout.splitlines()]
+
+
+def needed_libraries(library: Path) -> set[str]:
+    """The names of the libraries that ``library`` is linked to, without versions."""
+    done = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    return {name.split(".so")[0] for name in re.findall(r"NEEDED.*\[(.*)\]", done.stdout)}
+
+
+@pytest.fixture
+def library() -> Path:
+    path = hsm_kernels.build_info().library
+    assert path is not None
+    return path
+
+
+@needs_nm
+@pytest.mark.requires_library
+def test_no_cpp_symbol_of_torch_is_needed(library: Path) -> None:
+    symbols = undefined_symbols(library)
+    assert [name for name in symbols if UNSTABLE.search(name)] == []
+    assert any(name.startswith("aoti_torch_") for name in symbols), "nm sees torch's C interface"
+
+
+@needs_nm
+@pytest.mark.requires_library
+def test_python_is_needed_by_nothing_but_the_entry_point(library: Path) -> None:
+    python = {name for name in undefined_symbols(library) if name.startswith(("Py", "_Py"))}
+    assert python <= {"PyModule_Create2"}
+
+
+@needs_nm
+@pytest.mark.requires_library
+def test_only_libtorch_cpu_of_torch_is_linked(library: Path) -> None:
+    system = {"libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64", "ld-linux-aarch64"}
+    assert needed_libraries(library) - system == {"libtorch_cpu"}
+
+
+@needs_nm
+@needs_compiler
+def test_the_check_sees_unstable_symbols(tmp_path: Path) -> None:
+    source, library = tmp_path / "unstable.cpp", tmp_path / "unstable.so"
+    source.write_text("""
+        namespace c10 { struct Error {}; }
+        namespace at { void by_namespace(); }
+        namespace torch { void in_torch(); }
+        void by_argument(c10::Error);
+        extern "C" void stable();
+        void all() { at::by_namespace(); torch::in_torch(); by_argument({}); stable(); }
+    """)
+    subprocess.run([COMPILER, "-shared", "-fPIC", source, "-o", library], check=True)
+    unstable = {name for name in undefined_symbols(library) if UNSTABLE.search(name)}
+    assert unstable == {"at::by_namespace()", "by_argument(c10::Error)", "torch::in_torch()"}
+
+
+def test_the_library_is_built_for_the_oldest_torch() -> None:
+    """Raise it together with the requirement in pyproject.toml."""
+    assert description.TORCH_TARGET_VERSION == "0x020b000000000000"
+    assert '"torch>=2.11"' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
