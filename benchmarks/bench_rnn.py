@@ -1,0 +1,263 @@
+"""Measure hsm_kernels against other implementations of LSTM and GRU on this machine's CPU.
+
+    python benchmarks/bench_rnn.py                  # a choice of rows, under four minutes
+    python benchmarks/bench_rnn.py --full           # the whole grid, float32 and bfloat16
+    python benchmarks/bench_rnn.py --check          # tiny sizes, to see that everything works
+    python benchmarks/bench_rnn.py --compare before.json after.json
+
+See README.md beside this file for what is measured and how to read it.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from cases import DTYPES, Case, check_cases, full_cases, make_problem, quick_cases
+from peers import OURS, PEERS, Peer
+from plots import draw
+from results import (
+    MEASURES,
+    Results,
+    Row,
+    Spread,
+    compare,
+    describe_machine,
+    format_changes,
+    format_means,
+    format_rows,
+)
+from timing import (
+    Contender,
+    Effort,
+    gemm_flops_per_second,
+    measure,
+    merged,
+    nested,
+    ratio,
+    torch_threads,
+)
+from torch import Tensor
+from torch.utils.benchmark import Measurement
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A choice of rows, and how long to spend on them."""
+
+    cases: Callable[[int], list[Case]]  # for a thread count
+    effort: Effort
+    seconds: float  # for all rows: a busy machine gets fewer rounds, then rows are left out
+    gemm_seconds: float
+
+
+MODES = {
+    "quick": Mode(
+        quick_cases,
+        Effort(block_seconds=0.01, row_seconds=1.0, fewest_rounds=3, most_rounds=15),
+        seconds=200.0,
+        gemm_seconds=1.5,
+    ),
+    "full": Mode(
+        full_cases,
+        Effort(block_seconds=0.02, row_seconds=3.0, fewest_rounds=7, most_rounds=25),
+        seconds=math.inf,
+        gemm_seconds=5.0,
+    ),
+    "check": Mode(
+        check_cases,
+        Effort(block_seconds=0.001, row_seconds=0.02, fewest_rounds=2, most_rounds=3),
+        seconds=math.inf,
+        gemm_seconds=0.1,
+    ),
+}
+
+# Relative distance between two results, each with its own rounding; far below any real mistake.
+LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line (``sys.argv`` if ``arguments`` is None)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    task = parser.add_mutually_exclusive_group()
+    for mode in MODES:
+        task.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)
+    task.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"))
+    parser.set_defaults(mode="quick")
+    add = parser.add_argument
+    add("--threads", type=int, nargs="+", help="thread counts (default: 1 and 2, if there are 2)")
+    add("--only", default="", help="only rows whose name holds this text, e.g. 'GRU training'")
+    add("--out", type=Path, help="JSON file; pictures go beside it (default: results/MODE.json)")
+    add("--threshold", type=float, default=1.2, help="slowdown at which --compare fails (1.2)")
+    add("--by", choices=MEASURES, default="ratio", help="--compare by ratio to torch.nn, or time")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure or compare; 1 if results disagree or a row became slower than allowed, else 0."""
+    options = parse_options(arguments)
+    if options.compare:
+        before, after = options.compare
+        return report_changes(before, after, options.by, options.threshold)
+    mode = MODES[options.mode]
+    threads = options.threads or sorted({1, min(2, len(os.sched_getaffinity(0)))})
+    chosen = [case for count in threads for case in mode.cases(count) if options.only in str(case)]
+    if not chosen:
+        raise SystemExit(f"bench_rnn: --only {options.only!r} leaves no row of --{options.mode}")
+
+    results = Results(describe_machine(), measure_all(chosen, mode))
+    report(results, options.out or default_path(options.mode))
+    warn_of_load(results, len(chosen) - len(results.rows))
+    return complain_of_differences(results.rows)
+
+
+def default_path(mode: str) -> Path:
+    """Where results go unless --out says otherwise."""
+    return Path(__file__).parent / "results" / f"{mode}.json"
+
+
+def measure_all(cases: list[Case], mode: Mode) -> list[Row]:
+    """Measure the cases one after the other, and the GEMM speed that each is compared with."""
+    kinds = dict.fromkeys((case.dtype, case.threads) for case in cases)
+    gemm_speeds = {
+        (dtype, threads): gemm_flops_per_second(DTYPES[dtype], threads, mode.gemm_seconds) / 1e9
+        for dtype, threads in kinds
+    }
+    rows: list[Row] = []
+    end = time.monotonic() + mode.seconds
+    progress = tqdm(cases, unit="row")
+    for case in progress:
+        left = (end - time.monotonic()) / (len(cases) - len(rows))
+        if left < 0:
+            break
+        progress.set_description(str(case))
+        with torch_threads(case.threads):
+            speed = gemm_speeds[case.dtype, case.threads]
+            rows.append(measure_row(case, speed, mode.effort.within(left)))
+    return rows
+
+
+def measure_row(case: Case, gemm_gflops: float, effort: Effort) -> Row:
+    """Check that all contenders agree on ``case``, then time them."""
+    problem = make_problem(case)
+    calls = {peer: call for peer in PEERS if (call := peer.prepare(problem)) is not None}
+    contenders = [
+        Contender(peer.name, call, context_of(peer, case)) for peer, call in calls.items()
+    ]
+    difference = differences(contenders)
+    blocks = measure(contenders, case.threads, effort)
+    return Row(
+        case=case,
+        milliseconds={name: spread_of(merged(b), 1e3) for name, b in blocks.items()},
+        ratio={
+            name: spread_of(ratio(b, blocks[OURS])) for name, b in blocks.items() if name != OURS
+        },
+        difference=difference,
+        gemm_gflops=gemm_gflops,
+        rounds=len(blocks[OURS]),
+    )
+
+
+def context_of(peer: Peer, case: Case) -> Callable[[], AbstractContextManager[object]]:
+    """What surrounds each block: nothing records gradients outside training."""
+    if case.kind == "training":
+        return peer.context
+    return partial(nested, peer.context, torch.inference_mode)
+
+
+def differences(contenders: list[Contender]) -> dict[str, float]:
+    """How far each peer's results are from ours, relative to their size."""
+    outputs = {}
+    for contender in contenders:
+        with contender.context():
+            outputs[contender.name] = contender.run()
+    return {
+        name: max(map(relative_distance, peer, outputs[OURS]))
+        for name, peer in outputs.items()
+        if name != OURS
+    }
+
+
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    """``|a - b| / |a|`` in the Euclidean norm; NaN counts as infinitely far."""
+    a, b = a.double(), b.double()
+    distance = float((a - b).norm() / a.norm())
+    return math.inf if math.isnan(distance) else distance
+
+
+def spread_of(measurement: Measurement, scale: float = 1.0) -> Spread:
+    """Median and quartiles of a measurement."""
+    quartiles = torch.tensor(measurement.times, dtype=torch.float64).quantile(
+        torch.tensor([0.25, 0.75], dtype=torch.float64)
+    )
+    low, high = (scale * quartiles).tolist()
+    return Spread(scale * measurement.median, low, high)
+
+
+def report(results: Results, path: Path) -> None:
+    """Print the tables; save the JSON file and a picture for each data type."""
+    results.save(path)
+    for name, value in results.machine.items():
+        print(f"{name + ':':17}{value}")
+    print(f"\n{format_rows(results.rows)}\n\n{format_means(results.rows)}\n\nsaved {path}")
+    for dtype in dict.fromkeys(row.case.dtype for row in results.rows):
+        picture = path.with_name(f"{path.stem}-{dtype}.png")
+        draw(results, dtype, picture)
+        print(f"saved {picture}")
+
+
+def warn_of_load(results: Results, rows_left_out: int) -> None:
+    """Say so where a busy machine took rows away or makes the rest doubtful."""
+    load, cores = results.machine["load_at_start"], results.machine["cores"]
+    if rows_left_out:
+        print(f"bench_rnn: the time was over: {rows_left_out} rows are left out", file=sys.stderr)
+    if load > cores / 2:
+        print(
+            f"bench_rnn: the machine was busy (load {load} on {cores} cores): ratios on several "
+            "threads tell little, times nothing",
+            file=sys.stderr,
+        )
+
+
+def complain_of_differences(rows: list[Row]) -> int:
+    """Name the rows whose results are not ours; 1 if there are any."""
+    wrong = [
+        (row.case, peer, difference)
+        for row in rows
+        for peer, difference in row.difference.items()
+        if not difference <= LARGEST_DIFFERENCE[row.case.dtype]
+    ]
+    for case, peer, difference in wrong:
+        limit = LARGEST_DIFFERENCE[case.dtype]
+        print(
+            f"bench_rnn: {case}: {OURS} and {peer} must agree within {limit:g}, "
+            f"but differ by {difference:.2g}",
+            file=sys.stderr,
+        )
+    return 1 if wrong else 0
+
+
+def report_changes(before: Path, after: Path, measure_name: str, threshold: float) -> int:
+    """Print how each row changed between two files; 1 if one slowed down beyond ``threshold``."""
+    try:
+        changes = compare(Results.load(before), Results.load(after), measure_name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"bench_rnn: {error}") from None
+    print(format_changes(changes, threshold))
+    slower = sum(change.slowdown > threshold for change in changes)
+    print(f"{slower} of {len(changes)} rows are slower than {threshold:g} times before")
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

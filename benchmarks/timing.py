@@ -1,0 +1,117 @@
+"""Interleaved timing with torch.utils.benchmark, and the peak of matrix multiplication."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.benchmark import Measurement, Timer
+
+GEMM_SIZE = 1536
+LONGEST_BLOCK = 10_000  # calls
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time: ``run`` is called again and again inside ``context``."""
+
+    name: str
+    run: Callable[[], tuple[torch.Tensor, ...]]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a comparison may take."""
+
+    block_seconds: float  # a block repeats a fast call until it has lasted this long
+    row_seconds: float  # aim for all blocks of all contenders together
+    fewest_rounds: int
+    most_rounds: int
+
+    def within(self, seconds: float) -> "Effort":
+        """The same effort, or less where only ``seconds`` are left for a row."""
+        return replace(self, row_seconds=min(self.row_seconds, seconds))
+
+
+def measure(
+    contenders: Sequence[Contender], threads: int, effort: Effort
+) -> dict[str, list[Measurement]]:
+    """Time all contenders in turns: in each round every one gets one block of calls.
+
+    Blocks of one round lie side by side in time, so a change in the machine's load meets all
+    contenders alike. Who begins changes from round to round.
+    """
+    timers = {
+        contender.name: Timer("run()", globals={"run": contender.run}, num_threads=threads)
+        for contender in contenders
+    }
+    calls = {}
+    round_seconds = 0.0
+    for contender in contenders:
+        with contender.context():
+            once = _seconds_per_call(timers[contender.name])
+        calls[contender.name] = _calls_per_block(once, effort)
+        # Timer runs two warm-up calls, or one in a hundred, before each block.
+        round_seconds += once * (calls[contender.name] + 2)
+    rounds = int(effort.row_seconds / round_seconds)
+    rounds = max(effort.fewest_rounds, min(effort.most_rounds, rounds))
+
+    blocks: dict[str, list[Measurement]] = {contender.name: [] for contender in contenders}
+    for start in range(rounds):
+        for i in range(len(contenders)):
+            contender = contenders[(start + i) % len(contenders)]
+            with contender.context():
+                block = timers[contender.name].timeit(calls[contender.name])
+            blocks[contender.name].append(block)
+    return blocks
+
+
+def merged(blocks: list[Measurement]) -> Measurement:
+    """All blocks of one contender as one measurement, with its median and quartiles."""
+    return Measurement.merge(blocks)[0]
+
+
+def ratio(peer: list[Measurement], ours: list[Measurement]) -> Measurement:
+    """Peer time / our time, round by round, as a measurement with median and quartiles."""
+    ratios = [p.median / o.median for p, o in zip(peer, ours, strict=True)]
+    return Measurement(number_per_run=1, raw_times=ratios, task_spec=ours[0].task_spec)
+
+
+def gemm_flops_per_second(dtype: torch.dtype, threads: int, seconds: float) -> float:
+    """The speed that torch.mm reaches on large square matrices: the practical limit."""
+    a, b, out = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(3))
+    contender = Contender("gemm", lambda: (torch.mm(a, b, out=out),))
+    effort = Effort(block_seconds=0, row_seconds=seconds, fewest_rounds=5, most_rounds=100)
+    with torch.inference_mode():
+        blocks = measure([contender], threads, effort)["gemm"]
+    return 2 * GEMM_SIZE**3 / merged(blocks).median
+
+
+@contextmanager
+def nested(*contexts: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Several context managers as one, the first outermost."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context())
+        yield
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds_per_call(timer: Timer) -> float:
+    first = timer.timeit(1).median
+    return timer.timeit(10).median if first < 1e-3 else first
+
+
+def _calls_per_block(once: float, effort: Effort) -> int:
+    return max(1, min(LONGEST_BLOCK, round(effort.block_seconds / once)))
