@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -115,8 +115,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         raise SystemExit(f"bench_rnn: --only {options.only!r} leaves no row of --{options.mode}")
 
-    results = Results(describe_machine(), measure_all(chosen, mode))
-    report(results, options.out or default_path(options.mode))
+    path = options.out or default_path(options.mode)
+    results = Results(describe_machine(), [])
+    for row in measure_all(chosen, mode):
+        results.rows.append(row)
+        results.save(path)  # each time, so that a long run that is cut off is not lost
+    report(results, path)
     warn_of_load(results, len(chosen) - len(results.rows))
     return complain_of_differences(results.rows)
 
@@ -126,25 +130,24 @@ def default_path(mode: str) -> Path:
     return Path(__file__).parent / "results" / f"{mode}.json"
 
 
-def measure_all(cases: list[Case], mode: Mode) -> list[Row]:
+def measure_all(cases: list[Case], mode: Mode) -> Iterator[Row]:
     """Measure the cases one after the other, and the GEMM speed that each is compared with."""
     kinds = dict.fromkeys((case.dtype, case.threads) for case in cases)
     gemm_speeds = {
         (dtype, threads): gemm_flops_per_second(DTYPES[dtype], threads, mode.gemm_seconds) / 1e9
         for dtype, threads in kinds
     }
-    rows: list[Row] = []
     end = time.monotonic() + mode.seconds
     progress = tqdm(cases, unit="row")
-    for case in progress:
-        left = (end - time.monotonic()) / (len(cases) - len(rows))
+    for done, case in enumerate(progress):
+        left = (end - time.monotonic()) / (len(cases) - done)
         if left < 0:
             break
         progress.set_description(str(case))
         with torch_threads(case.threads):
             speed = gemm_speeds[case.dtype, case.threads]
-            rows.append(measure_row(case, speed, mode.effort.within(left)))
-    return rows
+            row = measure_row(case, speed, mode.effort.within(left))
+        yield row
 
 
 def measure_row(case: Case, gemm_gflops: float, effort: Effort) -> Row:
@@ -205,8 +208,7 @@ def spread_of(measurement: Measurement, scale: float = 1.0) -> Spread:
 
 
 def report(results: Results, path: Path) -> None:
-    """Print the tables; save the JSON file and a picture for each data type."""
-    results.save(path)
+    """Print the tables; save a picture for each data type beside the results at ``path``."""
     for name, value in results.machine.items():
         print(f"{name + ':':17}{value}")
     print(f"\n{format_rows(results.rows)}\n\n{format_means(results.rows)}\n\nsaved {path}")
