@@ -23,9 +23,10 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
   p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, hidden});
 
   Tensor gates = empty(input, {z.steps, z.batch, z.directions, (training ? 4 : 3) * hidden});
-  project_input(op, input, directions, gates);
+  const bool direct = takes_input_directly(arguments, input, directions, p);
+  if (!direct) project_input(op, input, directions, gates);
   Tensor hidden_gates;
-  if (z.steps == 1) {
+  if (z.steps == 1 && !direct) {
     hidden_gates = project_state(z, directions, input, h_0, reset_mask, reset_h);
     p.hidden_gates = hidden_gates.const_data_ptr();
   }

@@ -42,7 +42,7 @@ inline Boundaries boundaries_of(Arguments& arguments, const Sizes& z, const Mayb
 
 inline Weights weights_of(Arguments& arguments, const Sizes& z, const DirectionTensors& w) {
   const int64_t rows = (z.cell == CellKind::lstm ? 4 : 3) * static_cast<int64_t>(z.hidden);
-  return {arguments.pointer("weight_hh", w.weight_hh, {rows, z.hidden_out}),
+  return {nullptr, arguments.pointer("weight_hh", w.weight_hh, {rows, z.hidden_out}),
           arguments.pointer("weight_hr", w.weight_hr, {z.hidden_out, z.hidden}), arguments.pointer("bias_ih", w.bias_ih, {rows}),
           arguments.pointer("bias_hh", w.bias_hh, {rows})};
 }
@@ -59,6 +59,19 @@ inline void project_input(const char* op, const Tensor& input, const std::vector
     Tensor part = all;
     multiply_into(x, torch::stable::transpose(w, 0, 1), torch::stable::narrow(part, 1, static_cast<int64_t>(d) * columns, w.size(0)));
   }
+}
+
+// Sets up a step of few sequences, whose products the kernel computes itself; false if this is not one.
+inline bool takes_input_directly(Arguments& arguments, const Tensor& input, const std::vector<DirectionTensors>& directions,
+                                 ForwardParams& p) {
+  constexpr int64_t few = 4;
+  const Sizes& z = p.sizes;
+  if (z.steps != 1 || z.projection || z.batch > few) return false;
+  p.input_size = input.size(2);
+  p.input = arguments.pointer("input", input, {1, z.batch, p.input_size});
+  for (int d = 0; d < z.directions; ++d)
+    p.weights[d].weight_ih = arguments.pointer("weight_ih", directions[d].weight_ih, {directions[d].weight_hh->size(0), p.input_size});
+  return true;
 }
 
 // For one step without projection: h @ W_hh^T by torch's product, (D, N, G * H). Packing the weights would take longer than

@@ -24,9 +24,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   p.c_0 = arguments.pointer("c_0", c_0, {z.directions, z.batch, z.hidden});
 
   Tensor gates = empty(input, {z.steps, z.batch, z.directions, 4 * static_cast<int64_t>(z.hidden)});
-  project_input(op, input, directions, gates);
+  const bool direct = takes_input_directly(arguments, input, directions, p);
+  if (!direct) project_input(op, input, directions, gates);
   Tensor hidden_gates;
-  if (z.steps == 1 && !z.projection) {
+  if (z.steps == 1 && !direct && !z.projection) {
     hidden_gates = project_state(z, directions, input, h_0, reset_mask, reset_h);
     p.hidden_gates = hidden_gates.const_data_ptr();
   }

@@ -28,6 +28,7 @@ class Forward {
     blocks_ = hidden_pad_ / width;
     out_blocks_ = z_.projection ? (out_pad_ / width + max_columns - 1) / max_columns : 0;
     const double rows = gate_count * static_cast<double>(z_.hidden) * z_.hidden_out * z_.directions;
+    packs_ = !p_.hidden_gates && !p_.input;
     grid_ = p_.hidden_gates ? Grid{1, 1}
                             : choose_grid(threads.count, z_, max_rows, 2 * rows * z_.batch, rows * sizeof(A), blocks_ * z_.directions);
     Arena arena(workspace);
@@ -38,9 +39,10 @@ class Forward {
     c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
     m_ = arena.take<A>(z_.projection ? states * hidden_pad_ : 0);
     for (int d = 0; d < z_.directions; ++d) {
-      packed_[d] = arena.take<A>(p_.hidden_gates ? 0 : hidden_pad_ * gate_count * z_.hidden_out);
+      packed_[d] = arena.take<A>(packs_ ? hidden_pad_ * gate_count * z_.hidden_out : 0);
       packed_hr_[d] = arena.take<A>(z_.projection ? out_blocks_ * max_columns * width * z_.hidden : 0);
     }
+    input_ = arena.take<A>(p_.input ? z_.batch * p_.input_size : 0);
     workspace_bytes_ = arena.used();
   }
 
@@ -53,6 +55,10 @@ class Forward {
     run_items(threads_, parallel, z_.directions * (blocks_ + out_blocks_), pack);
     auto enter = [this](int64_t row) { enter_row(static_cast<int>(row / z_.batch), row % z_.batch); };
     run_items(threads_, false, z_.directions * z_.batch, enter);
+    for (int64_t k = 0; p_.input && k < z_.batch * p_.input_size; k += width) {
+      const int elements = count(k, z_.batch * p_.input_size);
+      store(load(static_cast<const T*>(p_.input) + k, elements), input_ + k, elements);
+    }
     auto round = [this](int64_t r, int64_t worker) { run_round(r, worker); };
     run_in_rounds(threads_, grid_, barriers_, z_.steps * phases(), round);
     for (int d = 0; d < z_.directions; ++d)
@@ -79,7 +85,7 @@ class Forward {
     const Weights& w = p_.weights[d];
     if (block >= blocks_) return pack_projection(d, block - blocks_);
     const int64_t u = block * width;
-    for (int g = 0; g < gate_count && !p_.hidden_gates; ++g)
+    for (int g = 0; g < gate_count && packs_; ++g)
       pack_transposed(static_cast<const T*>(w.weight_hh), z_.hidden_out, g * static_cast<int64_t>(z_.hidden) + u, count(u, z_.hidden),
                       gate_count * width, packed_[d] + u * gate_count * z_.hidden_out + g * width);
     pack_bias(d, u);
@@ -150,13 +156,32 @@ class Forward {
   void compute_tile(int64_t k, int d, int64_t n, int rows, int64_t block) {
     alignas(64) A product[max_rows * gate_count * width];
     const int64_t u = block * width;
-    if (p_.hidden_gates) {
+    if (p_.input) {
+      multiply_step(d, n, rows, u, product);
+    } else if (p_.hidden_gates) {
       load_product(d, n, rows, u, product);
     } else {
       multiply_block<A, gate_count>(rows, h_now(k, d, n), out_pad_, packed_[d] + u * gate_count * z_.hidden_out, z_.hidden_out, product);
     }
     const int64_t t = at_.step(d, k);
     for (int r = 0; r < rows; ++r) compute_units(k, t, d, n + r, u, product + r * gate_count * width);
+  }
+
+  // Both products of the only step, from the weights as they are.
+  void multiply_step(int d, int64_t n, int rows, int64_t u, A* product) {
+    const T* ih = static_cast<const T*>(p_.weights[d].weight_ih);
+    const T* hh = static_cast<const T*>(p_.weights[d].weight_hh);
+    const int units = count(u, z_.hidden);
+    for (int g = 0; g < gate_count; ++g)
+      for (int r = 0; r < rows; ++r) {
+        const int64_t row = g * static_cast<int64_t>(z_.hidden) + u;
+        T* gates = static_cast<T*>(p_.gates) + ((n + r) * z_.directions + d) * p_.gate_columns + row;
+        A* out = product + (r * gate_count + g) * width;
+        store(V{}, out);
+        multiply_unpacked(input_ + (n + r) * p_.input_size, ih + row * p_.input_size, p_.input_size, units, out);
+        store(load(out), gates, units);
+        multiply_unpacked(h_now(0, d, n + r), hh + row * z_.hidden_out, z_.hidden_out, units, out);
+      }
   }
 
   void load_product(int d, int64_t n, int rows, int64_t u, A* product) {
@@ -283,6 +308,8 @@ class Forward {
   A* h_[2];                       // (D, N, out_pad): what enters even and odd steps
   A* c_;                          // (D, N, hidden_pad)
   A* m_;                          // (D, N, hidden_pad): hidden state before the projection
+  bool packs_;                    // whether the recurrent weights are packed
+  A* input_;                      // (N, I), where the kernel computes the input's product
   A* packed_[max_directions];
   A* packed_hr_[max_directions];
   size_t workspace_bytes_;

@@ -71,6 +71,38 @@ HSM_INLINE void multiply_tile(
   }
 }
 
+// products[j] = state (depth) . row j of W, for `rows` rows of `depth` elements whose sums run beside each other.
+template <int rows, class T, class A>
+HSM_INLINE void multiply_rows_unpacked(const A* state, const T* w, int64_t depth, A* products) {
+  constexpr int width = lanes<A>();
+  Vector<A> sums[rows] = {};
+  int64_t k = 0;
+  for (; k + width <= depth; k += width) {
+    const Vector<A> values = load(state + k);
+#pragma GCC unroll 8
+    for (int j = 0; j < rows; ++j) sums[j] += values * load(w + j * depth + k);
+  }
+  if (k < depth) {
+    const int rest = static_cast<int>(depth - k);
+    const Vector<A> values = load(state + k, rest);
+    for (int j = 0; j < rows; ++j) sums[j] += values * load(w + j * depth + k, rest);
+  }
+  for (int j = 0; j < rows; ++j) {
+    A total = 0;
+    for (int lane = 0; lane < width; ++lane) total += sums[j][lane];
+    products[j] = total;
+  }
+}
+
+// The same for any number of rows: for weights that are used once, where packing them would take longer.
+template <class T, class A>
+void multiply_unpacked(const A* state, const T* w, int64_t depth, int rows, A* products) {
+  constexpr int together = 8;
+  int j = 0;
+  for (; j + together <= rows; j += together) multiply_rows_unpacked<together>(state, w + j * depth, depth, products + j);
+  for (; j < rows; ++j) multiply_rows_unpacked<1>(state, w + j * depth, depth, products + j);
+}
+
 // Packs rows of W (outputs, depth) as one vector of outputs per column of W: sums run over the columns, states @ W^T. The rows
 // are `first` and the ones behind it, up to `count`, at column k the vector `packed + k * stride`.
 template <class T, class A>
