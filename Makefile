@@ -43,16 +43,16 @@ test-none: $(VENV)/installed
 # The just-in-time build and its faults; then the ops once more, with a library built so.
 test-jit: $(VENV)/installed
 	$(PYTEST) tests/test_jit.py $(ARGS)
-	HSM_KERNELS_JIT=force HSM_KERNELS_CACHE_DIR=build/jit-cache $(PYTEST) tests/test_ops.py $(ARGS)
+	HSM_KERNELS_JIT=force HSM_KERNELS_CACHE_DIR=$(CURDIR)/build/jit-cache $(PYTEST) tests/test_ops.py $(ARGS)
 
 # One library, several torches. Downloads each of them, with CUDA several gigabytes: TORCH_INDEX has smaller ones.
 test-versions: $(VENV)/installed
 	set -e; for version in $(TORCH_VERSIONS); do \
-	    target=build/torch-$$version; \
+	    target=$(CURDIR)/build/torch-$$version; \
 	    test -d $$target || $(PIP) $(TORCH_INDEX:%=--extra-index-url %) --target $$target torch==$$version; \
-	    export PYTHONPATH=$$target HSM_KERNELS_JIT=0; \
-	    $(BIN)/python -P -c 'import hsm_kernels; print(hsm_kernels.build_info())'; \
-	    $(PYTEST) tests/test_abi.py tests/test_ops.py $(ARGS); \
+	    with="env PYTHONPATH=$$target HSM_KERNELS_JIT=0"; \
+	    (cd build; $$with $(abspath $(BIN))/python -c 'import hsm_kernels as h; print(h.build_info()); assert h.build_info().loaded'); \
+	    $$with $(PYTEST) tests/test_abi.py tests/test_ops.py $(ARGS); \
 	done
 
 bench: $(VENV)/installed

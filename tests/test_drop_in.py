@@ -796,6 +796,24 @@ def test_D9_autocast_lets_mixed_dtypes_through(backend: str, cell: str) -> None:
 
 
 @every_cell
+def test_D9_autocast_takes_the_state_it_returned(backend: str, cell: str) -> None:
+    """The state of the call before is in the autocast dtype, the next input is not; a fresh state may be either."""
+    module = getattr(hsm, cell)(4, 5)
+    input = make_input(cell)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = module(input)
+        state = result if is_step(cell) else result[1]
+        again = module(input, state)
+        assert_same_bits(module(input, map_tensors(Tensor.float, state)), again)
+        if not is_step(cell):
+            reset_mask = torch.ones(5, 3, dtype=torch.bool)
+            assert_same_bits(
+                module(input, reset_mask=reset_mask, reset_hx=state),
+                module(input, reset_mask=reset_mask, reset_hx=map_tensors(Tensor.float, state)),
+            )
+
+
+@every_cell
 def test_D9_disabled_autocast_changes_nothing(cell: str) -> None:
     module = getattr(hsm, cell)(4, 5)
     input = make_input(cell)

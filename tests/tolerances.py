@@ -1,17 +1,18 @@
 """How close is close enough: the yardstick is float64, the allowance is torch.nn's own error.
 
 The numbers were fixed by measurement over thousands of drawn cases with inputs, weights and output
-gradients of order one. There the excess over torch.nn's error stayed below 1.3 roundings.
+gradients of order one. There the excess over torch.nn's error stayed below 2.3 roundings in float32
+and 1.1 in the half precisions.
 """
 
 import torch
 from torch import Tensor
 
 # Largest error, relative to the largest element of the reference or to 1, the size of a gate:
-# two roundings, except in float64, where torch.nn is the reference and so has no error itself.
+# a few roundings, except in float64, where torch.nn is the reference and so has no error itself.
 LARGEST_RATIO = {
     torch.float64: 1e-12,
-    torch.float32: 2 * torch.finfo(torch.float32).eps,
+    torch.float32: 4 * torch.finfo(torch.float32).eps,
     torch.float16: 2 * torch.finfo(torch.float16).eps,
     torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps,
 }

@@ -41,8 +41,7 @@ def build_library(
     objects = {name: str(work / f"{name.replace('/', '-')}.o") for name in description.sources}
     compile_command = [*compiler.command, *description.compile_flags, *includes]
     commands = [
-        [*compile_command, "-c", str(description.root / source), "-o", target]
-        for source, target in objects.items()
+        [*compile_command, "-c", str(description.root / source), "-o", target] for source, target in objects.items()
     ]
     with ThreadPoolExecutor(toolchain.job_limit(environ)) as pool:
         logs = list(pool.map(lambda command: _run(command, environ), commands))

@@ -74,11 +74,7 @@ def describe(root: Path, *, python_module: bool) -> Description:
     With ``python_module`` it has an entry point for ``import`` and needs the Python headers;
     without, it can only be loaded by ``torch.ops.load_library``.
     """
-    files = sorted(
-        path.relative_to(root).as_posix()
-        for pattern in FILE_PATTERNS
-        for path in root.rglob(pattern)
-    )
+    files = sorted(path.relative_to(root).as_posix() for pattern in FILE_PATTERNS for path in root.rglob(pattern))
     sources = [
         name
         for directory in SOURCE_DIRECTORIES

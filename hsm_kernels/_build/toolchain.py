@@ -43,9 +43,7 @@ class Compiler:
 
     def _ask(self, *arguments: str, stdin: str = "") -> str:
         try:
-            done = subprocess.run(
-                [*self.command, *arguments], input=stdin, capture_output=True, text=True, check=True
-            )
+            done = subprocess.run([*self.command, *arguments], input=stdin, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise Unavailable(f"the C++ compiler does not work: {error}") from error
         return done.stdout
