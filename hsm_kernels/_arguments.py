@@ -151,7 +151,7 @@ def _checked(name: str, state: object, spec: StateSpec, shape: SequenceShape, li
         raise RuntimeError(_dimension_message(parts, dims))
     checked = []
     for k, (part, size) in enumerate(zip(parts, spec.sizes, strict=True)):
-        if part.dtype != like.dtype:
+        if part.dtype != like.dtype and autocast_dtype(like.device) is None:
             raise ValueError(
                 f"{spec.who}: {name} must have the input's dtype {like.dtype}, got {part.dtype}; use .to({like.dtype})"
             )

@@ -63,7 +63,7 @@ def _shared(module: nn.Module, types: dict[type[nn.Module], type[nn.Module]], wh
     twin = types[type(module)].__new__(types[type(module)])
     # RNNBase.__getstate__ drops its weak references, which must not be shared.
     state: dict[str, Any] = module.__getstate__() if isinstance(module, nn.RNNBase) else module.__dict__  # type: ignore[no-untyped-call]
-    copied = {key: value.copy() if isinstance(value, dict) else value for key, value in state.items()}
+    copied = {key: value.copy() if isinstance(value, (dict, list, set)) else value for key, value in state.items()}
     twin.__setstate__(copied)  # type: ignore[no-untyped-call]
     if isinstance(twin, nn.RNNBase):
         twin._init_flat_weights()

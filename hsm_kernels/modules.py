@@ -38,7 +38,8 @@ class _RNN(nn.RNNBase):
         """
         parameters = self._parameters
         for reference, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
-            if reference is None or reference() is not parameters.get(name):
+            weight = None if reference is None else reference()
+            if weight is None or weight is not parameters.get(name):
                 return bool(super()._weights_have_changed())  # type: ignore[no-untyped-call]
         return False
 

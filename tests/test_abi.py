@@ -1,5 +1,6 @@
 """The library needs only the stable interface of torch, so that one binary serves all versions."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -35,6 +36,14 @@ def library() -> Path:
     path = hsm_kernels.build_info().library
     assert path is not None
     return path
+
+
+@pytest.mark.skipif(os.environ.get("HSM_KERNELS_JIT") != "0", reason="a library may be missing")
+def test_installed_library_serves_this_torch() -> None:
+    """`make test-versions` runs this in several versions of torch."""
+    info = hsm_kernels.build_info()
+    assert info.how == "ahead of time", info
+    print(info)
 
 
 @needs_nm

@@ -185,8 +185,7 @@ class Backward {
   // `grad` of the state between the step of round k and the step of the round before, after the edge between them.
   HSM_INLINE V cross_edge(int64_t k, int d, int64_t n, V grad, A* grad_reset, int64_t padded, int64_t u) {
     if (k == 0 || !(at_.boundaries.reset_mask || at_.boundaries.detach_mask)) return grad;
-    const int64_t later = at_.step(d, z_.steps - k), edge = Sequences::entered_edge(d, later);
-    if (!at_.active(later, n)) return grad;
+    const int64_t edge = Sequences::entered_edge(d, at_.step(d, z_.steps - k));
     if (at_.resets(edge, n)) {
       A* sum = grad_reset + row(d, n) * padded + u;
       store(load(sum) + grad, sum);
