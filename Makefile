@@ -46,14 +46,14 @@ test-none: $(VENV)/installed
 test-jit: $(VENV)/installed
 	$(PYTEST) test_jit.py $(ARGS)
 	export HSM_KERNELS_JIT=force HSM_KERNELS_CACHE_DIR=$(CURDIR)/build/jit-cache; \
-	    $(PYTEST) test_ops.py -k 'not instruction_sets' $(ARGS)
+	    $(PYTEST) test_ops.py --deselect tests/test_ops.py::test_instruction_sets $(ARGS)
 
 # One library, several torches. Downloads each of them, with CUDA several gigabytes: TORCH_INDEX has smaller ones.
 test-versions: $(VENV)/installed
 	set -e; for version in $(TORCH_VERSIONS); do \
 	    target=$(CURDIR)/build/torch-$$version; \
 	    test -d $$target || $(PIP) $(TORCH_INDEX:%=--extra-index-url %) --target $$target torch==$$version; \
-	    (export PYTHONPATH=$$target HSM_KERNELS_JIT=0; $(PYTEST) test_abi.py test_ops.py $(ARGS)); \
+	    (export PYTHONPATH=$$target HSM_KERNELS_JIT=0; $(PYTEST) -s test_abi.py test_ops.py $(ARGS)); \
 	done
 
 bench: $(VENV)/installed

@@ -4,6 +4,7 @@
 """
 
 from . import _library
+from ._build import description
 from ._library import build_info
 
 _library.load()
@@ -14,7 +15,7 @@ from ._conversion import Conversion, convert, from_torch, to_torch  # noqa: E402
 from ._explain import explain  # noqa: E402
 from .modules import GRU, LSTM, GRUCell, LSTMCell  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = description.VERSION
 
 __all__ = [
     "GRU",
