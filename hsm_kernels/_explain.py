@@ -17,7 +17,7 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
     of its forward. Raises TypeError for another module, RuntimeError if :func:`set_backend` asked for a backend that
     cannot run it.
 
-    >>> import hsm_kernels as hsm
+    >>> import torch, hsm_kernels as hsm
     >>> with hsm.use_backend("reference"):
     ...     print(hsm.explain(hsm.LSTM(3, 4), torch.zeros(5, 2, 3)))
     reference (python): the reference was asked for
