@@ -19,6 +19,8 @@ __all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell"]
 class _RNN(nn.RNNBase):
     """What LSTM and GRU share: everything but their state and their function."""
 
+    _function: Any  #: what runs the layers: functional.lstm or functional.gru
+
     def flatten_parameters(self) -> None:
         """Do nothing: the weights are read where they are. Kept because callers of torch.nn call it."""
 
@@ -52,13 +54,48 @@ class _RNN(nn.RNNBase):
             return [Weights(*entry) for entry in entries]
         return [Weights(entry[0], entry[1], None, None, *entry[2:]) for entry in entries]
 
-    def _run(self, function: Any, input: Any, hx: Any, options: dict[str, Any]) -> Any:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        reset_mask: Tensor | None = None,
+        reset_hx: Any = None,
+        detach_mask: Tensor | None = None,
+        truncated_bptt_steps: int | None = None,
+        lengths: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        """Run the layers over ``input``.
+
+        Arguments, results, errors and formula are those of :func:`hsm_kernels.functional.lstm` and
+        :func:`hsm_kernels.functional.gru`. ``forward(input, hx)`` alone is torch.nn's, PackedSequence included.
+
+        >>> rnn, x = LSTM(3, 4), torch.randn(5, 2, 3)
+        >>> starts = torch.zeros(5, 2, dtype=torch.bool)
+        >>> starts[2, 0] = True  # sequence 0 starts afresh at step 2
+        >>> output, _ = rnn(x, reset_mask=starts)
+        >>> torch.testing.assert_close(output[2:, 0], rnn(x[2:, 0])[0])
+        >>> output, h_n, states = GRU(3, 4)(x, return_states=True)
+        >>> torch.testing.assert_close(states[:, -1], h_n)
+        """
+        options = {
+            "reset_mask": reset_mask,
+            "reset_hx": reset_hx,
+            "detach_mask": detach_mask,
+            "truncated_bptt_steps": truncated_bptt_steps,
+            "lengths": lengths,
+            "return_states": return_states,
+        }
+        return self._run(input, hx, options)
+
+    def _run(self, input: Any, hx: Any, options: dict[str, Any]) -> Any:
         if isinstance(input, PackedSequence):
-            return self._run_packed(function, input, hx, options)
+            return self._run_packed(input, hx, options)
         weights = self._weights()
         if input.dim() in (2, 3):  # the other cases have their message in the function
             self.check_input(input if input.dim() == 3 else input.unsqueeze(1), None)
-        return function(
+        return self._function(
             input,
             hx,
             weights,
@@ -69,7 +106,7 @@ class _RNN(nn.RNNBase):
             **options,
         )
 
-    def _run_packed(self, function: Any, packed: PackedSequence, hx: Any, options: dict[str, Any]) -> Any:
+    def _run_packed(self, packed: PackedSequence, hx: Any, options: dict[str, Any]) -> Any:
         """Run a PackedSequence as padded sequences with lengths, in the order in which it holds them."""
         given = [name for name, value in options.items() if value is not None and value is not False]
         refused = [name for name in given if name != "truncated_bptt_steps"]
@@ -84,7 +121,7 @@ class _RNN(nn.RNNBase):
         padded, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, batch_sizes.numel())
         if hx is not None and sorted_indices is not None:
             hx = _map_state(hx, lambda part: part if part.size(1) == 1 else part.index_select(1, sorted_indices))
-        output, hx_n = function(
+        output, hx_n = self._function(
             padded,
             hx,
             weights,
@@ -121,45 +158,14 @@ class LSTM(_RNN):
     (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
     """
 
+    _function = staticmethod(functional.lstm)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any = None,
-        *,
-        reset_mask: Tensor | None = None,
-        reset_hx: Any = None,
-        detach_mask: Tensor | None = None,
-        truncated_bptt_steps: int | None = None,
-        lengths: Tensor | None = None,
-        return_states: bool = False,
-    ) -> Any:
-        """Run the layers over ``input``.
-
-        Arguments, results, errors and formula are those of :func:`hsm_kernels.functional.lstm`.
-        ``forward(input, hx)`` alone is :class:`torch.nn.LSTM`, PackedSequence included.
-
-        >>> rnn, x = LSTM(3, 4), torch.randn(5, 2, 3)
-        >>> done = torch.zeros(5, 2, dtype=torch.bool)
-        >>> done[2, 0] = True  # sequence 0 starts afresh at step 2
-        >>> output, _ = rnn(x, reset_mask=done)
-        >>> torch.testing.assert_close(output[2:, 0], rnn(x[2:, 0])[0])
-        """
-        options = {
-            "reset_mask": reset_mask,
-            "reset_hx": reset_hx,
-            "detach_mask": detach_mask,
-            "truncated_bptt_steps": truncated_bptt_steps,
-            "lengths": lengths,
-            "return_states": return_states,
-        }
-        return self._run(functional.lstm, input, hx, options)
 
     def to_torch(self) -> nn.LSTM:
         """A :class:`torch.nn.LSTM` that shares this module's parameters, for ONNX export, quantization and so on."""
@@ -180,41 +186,12 @@ class GRU(_RNN):
     (torch.Size([2, 5, 4]), torch.Size([1, 2, 4]))
     """
 
+    _function = staticmethod(functional.gru)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any = None,
-        *,
-        reset_mask: Tensor | None = None,
-        reset_hx: Any = None,
-        detach_mask: Tensor | None = None,
-        truncated_bptt_steps: int | None = None,
-        lengths: Tensor | None = None,
-        return_states: bool = False,
-    ) -> Any:
-        """Run the layers over ``input``.
-
-        Arguments, results, errors and formula are those of :func:`hsm_kernels.functional.gru`.
-        ``forward(input, hx)`` alone is :class:`torch.nn.GRU`, PackedSequence included.
-
-        >>> rnn, x = GRU(3, 4), torch.randn(5, 2, 3)
-        >>> output, h_n, states = rnn(x, return_states=True)
-        >>> torch.testing.assert_close(states[:, -1], h_n)
-        """
-        options = {
-            "reset_mask": reset_mask,
-            "reset_hx": reset_hx,
-            "detach_mask": detach_mask,
-            "truncated_bptt_steps": truncated_bptt_steps,
-            "lengths": lengths,
-            "return_states": return_states,
-        }
-        return self._run(functional.gru, input, hx, options)
 
     def to_torch(self) -> nn.GRU:
         """A :class:`torch.nn.GRU` that shares this module's parameters, for ONNX export, quantization and so on."""

@@ -137,20 +137,14 @@ class Forward {
   void run_round(int64_t round, int64_t worker) {
     const int64_t k = round / phases();
     const bool projecting = round % phases() == 1;
-    const int64_t blocks = projecting ? out_blocks_ : blocks_;
-    const Range rows = Range::part(z_.batch, grid_.batch_groups, worker / grid_.unit_groups);
-    const Range items = Range::part(z_.directions * blocks, grid_.unit_groups, worker % grid_.unit_groups);
-    for (int64_t item = items.begin; item < items.end; ++item) {
-      const int d = static_cast<int>(item / blocks);
-      for (int64_t n = rows.begin; n < rows.end; n += max_rows) {
-        const int tile = static_cast<int>(smaller(max_rows, rows.end - n));
-        if (projecting) {
-          project_tile(k, d, n, tile, item % blocks);
-        } else {
-          compute_tile(k, d, n, tile, item % blocks);
-        }
+    const auto visit = [&](int d, int64_t n, int rows, int64_t block) {
+      if (projecting) {
+        project_tile(k, d, n, rows, block);
+      } else {
+        compute_tile(k, d, n, rows, block);
       }
-    }
+    };
+    for_each_tile(grid_, z_, projecting ? out_blocks_ : blocks_, max_rows, worker, visit);
   }
 
   void compute_tile(int64_t k, int d, int64_t n, int rows, int64_t block) {

@@ -77,6 +77,17 @@ struct Range {
   }
 };
 
+// Calls visit(direction, first row, rows, block) for the tiles of a worker's share of one product, whose outputs are cut into
+// `blocks` for each direction.
+template <class Visit>
+void for_each_tile(const Grid& grid, const Sizes& sizes, int64_t blocks, int64_t rows_per_tile, int64_t worker, Visit visit) {
+  const Range rows = Range::part(sizes.batch, grid.batch_groups, worker / grid.unit_groups);
+  const Range items = Range::part(sizes.directions * blocks, grid.unit_groups, worker % grid.unit_groups);
+  for (int64_t item = items.begin; item < items.end; ++item)
+    for (int64_t n = rows.begin; n < rows.end; n += rows_per_tile)
+      visit(static_cast<int>(item / blocks), n, static_cast<int>(smaller(rows_per_tile, rows.end - n)), item % blocks);
+}
+
 // `flops`: of the product of one step. `weight_bytes`: of all its weights. `units`: how far they can be cut.
 inline Grid choose_grid(int threads, const Sizes& sizes, int64_t rows_per_pass, double flops, double weight_bytes, int64_t units) {
   constexpr double flops_worth_a_thread = 2e6;   // in all: some ten microseconds
