@@ -6,7 +6,7 @@ One call runs all steps and both directions of one layer. Shapes: ``input`` ``(L
 ``gates`` ``(L, N, D, 4 * H)`` in the order i, f, g, o for LSTM and r, z, n, hidden half of n for GRU. A result that
 was not asked for has shape ``(0,)``.
 
-The native library adds CPU (and CUDA) kernels for the same operators; they win over the fallback by dispatch.
+The native library adds CPU kernels for the same operators; they win over the fallback by dispatch.
 """
 
 from typing import Any

@@ -331,6 +331,29 @@ def test_instruction_sets(instruction_set: str) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_lengths_beyond_the_end_read_no_mask_there(cell: str) -> None:
+    """Where the host does not check lengths (torch.compile), too large ones count as L; behind the mask stands True."""
+    case = Case(cell, directions=2)
+    larger = torch.ones(case.steps + 2, case.batch, dtype=torch.bool)
+    larger[: case.steps] = False
+    case.reset_mask = larger[: case.steps]
+    case.length = torch.full((case.batch,), case.steps)
+    wanted = case.forward()
+    case.length = case.length + 2
+    torch.testing.assert_close(case.forward(), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.requires_library
+def test_unknown_instruction_set_is_an_error() -> None:
+    code = "import hsm_kernels as hsm, torch; hsm.GRU(2, 3)(torch.zeros(2, 1, 2))"
+    environment = {**os.environ, "HSM_KERNELS_CPU_ISA": "avx1024"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "HSM_KERNELS_CPU_ISA must be portable" in run.stderr
+    assert "avx1024" in run.stderr
+
+
 def test_library_is_what_the_dispatcher_says() -> None:
     registered = torch._C._dispatch_has_kernel_for_dispatch_key("hsm_kernels::lstm_forward", "CPU")
     assert registered == hsm.build_info().loaded

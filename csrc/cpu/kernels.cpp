@@ -2,6 +2,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace hsm {
 namespace cpu {
@@ -9,17 +11,19 @@ namespace cpu {
 namespace {
 
 const Kernels& choose() {
+  const char* wanted = std::getenv("HSM_KERNELS_CPU_ISA");
+  const auto takes = [wanted](const Kernels& table) { return !wanted || std::strcmp(wanted, table.instruction_set) == 0; };
 #ifdef __x86_64__
-  const char* cap = std::getenv("HSM_KERNELS_CPU_ISA");
-  const auto allowed = [cap](const Kernels& table) { return !cap || std::strcmp(cap, table.instruction_set) == 0; };
   __builtin_cpu_init();
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512 && allowed(avx512::table)) return avx512::table;
-  if (has_avx2 && allowed(avx2::table)) return avx2::table;
+  if (has_avx512 && takes(avx512::table)) return avx512::table;
+  if (has_avx2 && takes(avx2::table)) return avx2::table;
 #endif
-  return portable::table;
+  if (takes(portable::table)) return portable::table;
+  throw std::runtime_error(std::string("hsm_kernels: HSM_KERNELS_CPU_ISA must be portable, or avx2 or avx512 where the CPU has it, got ") +
+                           wanted);
 }
 
 }  // namespace

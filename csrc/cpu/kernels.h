@@ -19,7 +19,7 @@ struct Kernels {
   void (*backward)(const BackwardParams&, const Threads&, void* workspace);
 };
 
-// The kernels for this machine; HSM_KERNELS_CPU_ISA=portable|avx2|avx512 caps the choice.
+// The best kernels for this machine, or those that HSM_KERNELS_CPU_ISA=portable|avx2|avx512 names. Throws if they cannot run.
 const Kernels& kernels();
 
 namespace portable {

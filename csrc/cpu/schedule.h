@@ -14,7 +14,10 @@ struct Sequences {
   const Sizes& sizes;
   const Boundaries& boundaries;
 
-  int64_t length(int64_t n) const { return boundaries.lengths ? boundaries.lengths[n] : sizes.steps; }
+  // Never above L, whatever was given: the masks are read by it.
+  int64_t length(int64_t n) const {
+    return boundaries.lengths ? smaller(boundaries.lengths[n], sizes.steps) : sizes.steps;
+  }
   bool active(int64_t t, int64_t n) const { return t < length(n); }
 
   // The step that a direction runs as its k-th.
