@@ -222,8 +222,8 @@ def lstm_backward(
         _stack_kept(kept, 1, like_h) if has_projection else gates.new_empty(0),
         torch.stack([s[0] for s in initial]).to(dtype),
         torch.stack([s[1] for s in initial]).to(dtype),
-        gates.new_empty(0) if reset_mask is None else torch.stack([s[0] for s in resets]).to(dtype),
-        gates.new_empty(0) if reset_mask is None else torch.stack([s[1] for s in resets]).to(dtype),
+        gates.new_empty(0) if reset_c is None else torch.stack([s[0] for s in resets]).to(dtype),
+        gates.new_empty(0) if reset_c is None else torch.stack([s[1] for s in resets]).to(dtype),
     )
 
 
@@ -297,7 +297,7 @@ def gru_backward(
     return (
         _stack_kept(kept, 0, gates),
         torch.stack([s[0] for s in initial]).to(dtype),
-        gates.new_empty(0) if reset_mask is None else torch.stack([s[0] for s in resets]).to(dtype),
+        gates.new_empty(0) if reset_h is None else torch.stack([s[0] for s in resets]).to(dtype),
     )
 
 

@@ -140,9 +140,9 @@ def _lstm_backward_fake(
     c_0: Any,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weight_hh, weight_hr, reset_mask = rest[0], rest[1], rest[4]
+    weight_hh, weight_hr, reset_c = rest[0], rest[1], rest[5]
     (steps, batch, directions, hidden), hidden_out = c_states.shape, weight_hh.size(1)
-    has_resets = reset_mask is not None
+    has_resets = reset_c is not None
     return (
         torch.empty_like(gates),
         gates.new_empty(0) if weight_hr is None else gates.new_empty(steps, batch, directions, hidden_out),
@@ -156,12 +156,12 @@ def _lstm_backward_fake(
 def _gru_backward_fake(
     grad_output: Any, grad_h_n: Any, output: Tensor, gates: Tensor, h_0: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
-    weight_hh, reset_mask = rest[0], rest[2]
+    weight_hh, reset_h = rest[0], rest[3]
     state = (gates.size(2), gates.size(1), weight_hh.size(1))
     return (
         torch.empty_like(gates),
         gates.new_empty(state),
-        gates.new_empty(0) if reset_mask is None else gates.new_empty(state),
+        gates.new_empty(0) if reset_h is None else gates.new_empty(state),
     )
 
 

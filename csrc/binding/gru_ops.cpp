@@ -21,6 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
   p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, {}, detach_mask, lengths);
   for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
   p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, hidden});
+  const cpu::Plan plan(z, p.boundaries, false);
+  p.schedule = plan.schedule();
 
   Tensor gates = empty(input, {z.steps, z.batch, z.directions, (training ? 4 : 3) * hidden});
   const bool direct = takes_input_directly(arguments, input, directions, p);
@@ -60,12 +62,14 @@ std::tuple<Tensor, Tensor, Tensor> gru_backward(
   p.gates = arguments.pointer("gates", gates, {z.steps, z.batch, z.directions, 4 * hidden});
   p.grad_output = arguments.pointer("grad_output", grad_output, h_steps);
   p.grad_h_n = arguments.pointer("grad_h_n", grad_h_n, h_shape);
+  const cpu::Plan plan(z, p.boundaries, true);
+  p.schedule = plan.schedule();
 
   Tensor grad_gates = empty(gates, {z.steps, z.batch, z.directions, 4 * hidden});
-  Tensor grad_h_0 = empty(gates, h_shape), grad_reset_h = empty(gates, reset_mask ? h_shape : Shape{0});
+  Tensor grad_h_0 = empty(gates, h_shape), grad_reset_h = empty(gates, reset_h ? h_shape : Shape{0});
   p.grad_gates = grad_gates.mutable_data_ptr();
   p.grad_h_0 = grad_h_0.mutable_data_ptr();
-  p.grad_reset_h = grad_reset_h.mutable_data_ptr();
+  p.grad_reset_h = reset_h ? grad_reset_h.mutable_data_ptr() : nullptr;
   run_on_cpu(cpu::kernels().backward_workspace, cpu::kernels().backward, p);
   return {grad_gates, grad_h_0, grad_reset_h};
 }

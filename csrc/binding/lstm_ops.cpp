@@ -22,6 +22,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
   p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, z.hidden_out});
   p.c_0 = arguments.pointer("c_0", c_0, {z.directions, z.batch, z.hidden});
+  const cpu::Plan plan(z, p.boundaries, false);
+  p.schedule = plan.schedule();
 
   Tensor gates = empty(input, {z.steps, z.batch, z.directions, 4 * static_cast<int64_t>(z.hidden)});
   const bool direct = takes_input_directly(arguments, input, directions, p);
@@ -68,8 +70,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   p.grad_h_n = arguments.pointer("grad_h_n", grad_h_n, h_shape);
   p.grad_c_n = arguments.pointer("grad_c_n", grad_c_n, c_shape);
   p.grad_c_states = arguments.pointer("grad_c_states", grad_c_states, c_steps);
+  const cpu::Plan plan(z, p.boundaries, true);
+  p.schedule = plan.schedule();
 
-  const bool resets = reset_mask.has_value();
+  const bool resets = reset_c.has_value();
   Tensor grad_gates = empty(gates, {z.steps, z.batch, z.directions, 4 * hidden});
   Tensor grad_h = empty(gates, z.projection ? Shape{z.steps, z.batch, z.directions, out} : Shape{0});
   Tensor grad_h_0 = empty(gates, h_shape), grad_c_0 = empty(gates, c_shape);
@@ -78,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   p.grad_h = grad_h.mutable_data_ptr();
   p.grad_h_0 = grad_h_0.mutable_data_ptr();
   p.grad_c_0 = grad_c_0.mutable_data_ptr();
-  p.grad_reset_h = grad_reset_h.mutable_data_ptr();
-  p.grad_reset_c = grad_reset_c.mutable_data_ptr();
+  p.grad_reset_h = resets ? grad_reset_h.mutable_data_ptr() : nullptr;
+  p.grad_reset_c = resets ? grad_reset_c.mutable_data_ptr() : nullptr;
   run_on_cpu(cpu::kernels().backward_workspace, cpu::kernels().backward, p);
   return {grad_gates, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c};
 }

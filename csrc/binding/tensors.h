@@ -16,6 +16,7 @@
 
 #include "common/params.h"
 #include "cpu/kernels.h"
+#include "cpu/plan.h"
 
 namespace hsm {
 namespace binding {

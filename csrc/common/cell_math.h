@@ -4,11 +4,7 @@
 // Math brings `static S sigmoid(S)` and `static S tanh(S)` for it.
 #pragma once
 
-#ifdef __CUDACC__
-#define HSM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define HSM_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "common/host_device.h"
 
 namespace hsm {
 

@@ -25,6 +25,22 @@ struct Boundaries {
   const void* reset_c;     // (D, N, H) or null; LSTM
 };
 
+// A run of steps [begin, end) of one sequence that a pass computes without waiting for any other run. The forward pass cuts a
+// sequence at its resets, the backward pass at its resets and detaches. Both directions of a layer have the same segments.
+struct Segment {
+  int32_t sequence, begin, end;
+  int32_t index;  // among all segments of a pass, by sequence and then by time
+};
+
+// All segments of a pass, dealt to slots. A slot runs its segments back to back, one step a round, beside the other slots.
+struct Schedule {
+  const Segment* segments;         // slot after slot
+  const int32_t* slot_starts;      // (slots + 1,): where each slot's segments begin; slots with more steps come first
+  const int32_t* sequence_starts;  // (N + 1,): the first Segment::index of each sequence
+  int64_t slots;
+  int64_t rounds;  // steps of the first slot
+};
+
 struct Sizes {
   CellKind cell;
   ScalarKind dtype;
@@ -45,6 +61,7 @@ struct Weights {
 struct ForwardParams {
   Sizes sizes;
   Boundaries boundaries;
+  Schedule schedule;
   Weights weights[max_directions];
   const void* h_0;  // (D, N, Hout) or null
   const void* c_0;  // (D, N, H) or null; LSTM
@@ -71,6 +88,7 @@ struct ForwardParams {
 struct BackwardParams {
   Sizes sizes;
   Boundaries boundaries;
+  Schedule schedule;
   Weights weights[max_directions];  // biases are not read
   const void* h_0;                  // (D, N, Hout) or null; GRU
   const void* c_0;                  // (D, N, H) or null; LSTM
@@ -86,8 +104,8 @@ struct BackwardParams {
   void* grad_h;        // (L, N, D, Hout): of every step's h; with a projection only, else null
   void* grad_h_0;      // (D, N, Hout)
   void* grad_c_0;      // (D, N, H); LSTM
-  void* grad_reset_h;  // (D, N, Hout) with a reset mask, else null
-  void* grad_reset_c;  // (D, N, H) with a reset mask, else null; LSTM
+  void* grad_reset_h;  // (D, N, Hout), or null where nothing needs it
+  void* grad_reset_c;  // (D, N, H), or null where nothing needs it; LSTM
 };
 
 }  // namespace hsm

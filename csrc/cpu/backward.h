@@ -1,9 +1,11 @@
 // The backward recurrence of one layer: the gradients of all gate pre-activations. Weight and input gradients are products
 // over all steps that the caller does afterwards.
 //
-// Round k looks at the step that a direction ran as its (L - 1 - k)-th. It first takes the gate gradients of the round before
-// back through W_hh, which gives the gradient of the state between the two steps, then applies the edge between them, and
-// then goes through the cell of its own step. One more round takes the first step's gradients to the initial state.
+// Each slot of the schedule goes through its segments from the last step of their direction to the first. A round first takes the
+// gate gradients of the round before back through W_hh, which gives the gradient of the state between two steps. Where a segment
+// has been finished, that gradient goes to the initial state, to the reset state, or nowhere, and the next segment starts with
+// what reaches its end from outside. Then the round goes through the cell of its own step. One more round finishes what the last
+// one did.
 #pragma once
 
 #include "common/cell_math.h"
@@ -26,26 +28,28 @@ class Backward {
 
  public:
   Backward(const BackwardParams& params, const Threads& threads, void* workspace)
-      : p_(params), z_(params.sizes), at_{params.sizes, params.boundaries}, threads_(threads) {
+      : p_(params), z_(params.sizes), at_{params.boundaries, params.sizes.steps}, threads_(threads) {
     depth_ = gate_count * static_cast<int64_t>(z_.hidden);
     hidden_pad_ = round_up(z_.hidden, width);
     out_pad_ = round_up(z_.hidden_out, width);
     const double rows = static_cast<double>(depth_) * z_.hidden_out * z_.directions;
     const int64_t vectors = out_pad_ / width;
-    grid_ = choose_grid(threads.count, z_, max_rows, 2 * rows * z_.batch, rows * sizeof(A), vectors * z_.directions);
+    grid_ = choose_grid(threads.count, p_.schedule, max_rows, 2 * rows * p_.schedule.slots, rows * sizeof(A), vectors * z_.directions);
     // Blocks as wide as they can be while there is one for every worker.
     columns_ = static_cast<int>(larger(1, smaller(max_columns, vectors * z_.directions / grid_.unit_groups)));
     blocks_ = (vectors + columns_ - 1) / columns_;
     hidden_blocks_ = z_.projection ? (hidden_pad_ / width + columns_ - 1) / columns_ : 0;
+    const int64_t lanes = Slots::rows_of_a_group(p_.schedule, grid_.batch_groups);
+    rows_ = lanes * grid_.batch_groups;
     Arena arena(workspace);
-    const int64_t states = z_.directions * z_.batch;
+    const int64_t states = z_.directions * rows_, segments = z_.directions * int64_t{p_.schedule.sequence_starts[z_.batch]};
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
+    walks_ = take_walks(arena, grid_, lanes);
     for (A*& g : grad_product_) g = arena.take<A>(states * depth_);
-    carry_ = arena.take<A>(states * out_pad_);
+    direct_ = arena.take<A>(is_lstm ? 0 : states * out_pad_);
     grad_c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
-    const bool resets = params.boundaries.reset_mask;
-    reset_h_ = arena.take<A>(resets ? states * out_pad_ : 0);
-    reset_c_ = arena.take<A>(resets && is_lstm ? states * hidden_pad_ : 0);
+    reset_h_ = p_.grad_reset_h ? arena.take<A>(segments * out_pad_) : nullptr;
+    reset_c_ = p_.grad_reset_c ? arena.take<A>(segments * hidden_pad_) : nullptr;
     grad_h_ = arena.take<A>(z_.projection ? states * out_pad_ : 0);
     for (int d = 0; d < z_.directions; ++d) {
       packed_[d] = arena.take<A>(blocks_ * columns_ * width * depth_);
@@ -60,22 +64,24 @@ class Backward {
     for (int64_t g = 0; g < grid_.batch_groups; ++g) barriers_[g] = Barrier();
     auto pack = [this](int64_t item) { pack_item(item); };
     run_items(threads_, grid_.workers() > 1, z_.directions * (blocks_ + hidden_blocks_), pack);
-    for (int d = 0; d < z_.directions; ++d)
-      for (int64_t n = 0; n < z_.batch; ++n) enter_row(d, n);
+    for (int64_t worker = 0; worker < grid_.workers(); ++worker) start_walk(walks_, p_.schedule, grid_, worker);
+    auto begin = [this](int64_t n) { begin_sequence(n); };
+    run_items(threads_, false, z_.batch, begin);
     auto round = [this](int64_t r, int64_t worker) { run_round(r, worker); };
-    run_in_rounds(threads_, grid_, barriers_, (z_.steps + 1) * phases(), round);
-    for (int d = 0; d < z_.directions; ++d)
-      for (int64_t n = 0; n < z_.batch; ++n) leave_row(d, n);
+    run_in_rounds(threads_, grid_, barriers_, (p_.schedule.rounds + 1) * phases(), round);
+    auto sum = [this](int64_t n) { sum_resets(n); };
+    if (p_.grad_reset_h) run_items(threads_, grid_.workers() > 1, z_.batch, sum);
   }
 
  private:
   int phases() const { return z_.projection ? 2 : 1; }
-  int64_t row(int d, int64_t n) const { return d * z_.batch + n; }
+  int64_t state(int d, int64_t n) const { return d * z_.batch + n; }
   int64_t place(int64_t t, int d, int64_t n) const { return (t * z_.batch + n) * z_.directions + d; }
   int count(int64_t u, int64_t size) const { return static_cast<int>(smaller(width, size - u)); }
   // The gradients that the product of round k reads, and those that round k leaves for the next.
-  A* product_in(int64_t k, int d, int64_t n) const { return grad_product_[k % 2] + row(d, n) * depth_; }
-  A* product_out(int64_t k, int d, int64_t n) const { return grad_product_[(k + 1) % 2] + row(d, n) * depth_; }
+  A* product_in(int64_t k, int d, int64_t row) const { return grad_product_[k % 2] + (d * rows_ + row) * depth_; }
+  A* product_out(int64_t k, int d, int64_t row) const { return grad_product_[(k + 1) % 2] + (d * rows_ + row) * depth_; }
+  A* grad_h_at(int d, int64_t row) const { return grad_h_ + (d * rows_ + row) * out_pad_; }
   // Element u at `place` of a tensor with `size` elements there that may be missing: zeros then.
   static V tensor_at(const void* tensor, int64_t place, int64_t size, int64_t u, int count) {
     return tensor ? load(static_cast<const T*>(tensor) + place * size + u, count) : V{};
@@ -94,157 +100,189 @@ class Backward {
     }
   }
 
-  void enter_row(int d, int64_t n) {
-    for (int64_t u = 0; u < out_pad_; u += width) {
-      store(tensor_at(p_.grad_h_n, row(d, n), z_.hidden_out, u, count(u, z_.hidden_out)), carry_ + row(d, n) * out_pad_ + u);
-      if (at_.boundaries.reset_mask) store(V{}, reset_h_ + row(d, n) * out_pad_ + u);
+  // The gradients of a sequence's initial state are zero unless a segment brings some, and those of padded steps are zero.
+  // A sequence without steps passes on what reaches its last state.
+  void begin_sequence(int64_t n) {
+    const bool empty = at_.length(n) <= 0;
+    for (int d = 0; d < z_.directions; ++d) {
+      copy_state(empty ? p_.grad_h_n : nullptr, p_.grad_h_0, d, n, z_.hidden_out);
+      if (is_lstm) copy_state(empty ? p_.grad_c_n : nullptr, p_.grad_c_0, d, n, z_.hidden);
     }
-    if (!is_lstm) return;
-    for (int64_t u = 0; u < hidden_pad_; u += width) {
-      store(tensor_at(p_.grad_c_n, row(d, n), z_.hidden, u, count(u, z_.hidden)), grad_c_ + row(d, n) * hidden_pad_ + u);
-      if (at_.boundaries.reset_mask) store(V{}, reset_c_ + row(d, n) * hidden_pad_ + u);
+    for (int64_t t = larger(at_.length(n), 0); t < z_.steps; ++t) {
+      clear(p_.grad_gates, t, n, 4 * static_cast<int64_t>(z_.hidden));
+      if (z_.projection) clear(p_.grad_h, t, n, z_.hidden_out);
     }
   }
 
-  void leave_row(int d, int64_t n) {
-    copy_out(carry_, out_pad_, p_.grad_h_0, z_.hidden_out, row(d, n));
-    if (is_lstm) copy_out(grad_c_, hidden_pad_, p_.grad_c_0, z_.hidden, row(d, n));
-    if (!at_.boundaries.reset_mask) return;
-    copy_out(reset_h_, out_pad_, p_.grad_reset_h, z_.hidden_out, row(d, n));
-    if (is_lstm) copy_out(reset_c_, hidden_pad_, p_.grad_reset_c, z_.hidden, row(d, n));
-  }
-
-  void copy_out(const A* from, int64_t padded, void* to, int64_t size, int64_t row) {
+  void copy_state(const void* from, void* to, int d, int64_t n, int64_t size) {
     for (int64_t u = 0; u < size; u += width)
-      store(load(from + row * padded + u), static_cast<T*>(to) + row * size + u, count(u, size));
+      store(tensor_at(from, state(d, n), size, u, count(u, size)), static_cast<T*>(to) + state(d, n) * size + u, count(u, size));
+  }
+
+  // Zeros for both directions of step t of sequence n in an (L, N, D, size) tensor.
+  void clear(void* tensor, int64_t t, int64_t n, int64_t size) {
+    memset(static_cast<T*>(tensor) + place(t, 0, n) * size, 0, z_.directions * size * sizeof(T));
+  }
+
+  // What all resets of a sequence send to its reset state, in the order of time whatever the schedule.
+  void sum_resets(int64_t n) {
+    for (int d = 0; d < z_.directions; ++d) {
+      sum_segments(reset_h_, out_pad_, p_.grad_reset_h, d, n, z_.hidden_out);
+      if (is_lstm) sum_segments(reset_c_, hidden_pad_, p_.grad_reset_c, d, n, z_.hidden);
+    }
+  }
+
+  void sum_segments(const A* parts, int64_t padded, void* to, int d, int64_t n, int64_t size) {
+    const int32_t* starts = p_.schedule.sequence_starts;
+    for (int64_t u = 0; u < size; u += width) {
+      V sum{};
+      for (int64_t index = starts[n]; index < starts[n + 1]; ++index) sum += load(parts + (d * int64_t{starts[z_.batch]} + index) * padded + u);
+      store(sum, static_cast<T*>(to) + state(d, n) * size + u, count(u, size));
+    }
   }
 
   void run_round(int64_t round, int64_t worker) {
     const int64_t k = round / phases();
     const bool after_projection = round % phases() == 1;
-    const auto visit = [&](int d, int64_t n, int rows, int64_t block) {
+    Walk& walk = walks_[worker];
+    if (k > 0 && !after_projection) walk.advance(true);
+    const auto visit = [&](int d, int64_t first, int lanes, int64_t block) {
       if (after_projection) {
-        cell_tile(k, d, n, rows, block);
+        cell_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
       } else {
-        state_tile(k, d, n, rows, block);
+        state_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
       }
     };
-    for_each_tile(grid_, z_, after_projection ? hidden_blocks_ : blocks_, max_rows, worker, visit);
+    for_each_tile(grid_, z_.directions, after_projection ? hidden_blocks_ : blocks_, max_rows, worker, walk.active, visit);
   }
 
-  // The gradient of the hidden state that left the step of round k, from the recurrent product of the round before.
-  void state_tile(int64_t k, int d, int64_t n, int rows, int64_t block) {
+  // Whether anything asks for the gradient of the hidden state that entered a finished segment.
+  bool wanted(int d, const Segment& segment) const {
+    const Entry entry = at_.entry(d, segment);
+    return entry.reset ? reset_h_ != nullptr : entry.initial && !entry.detached;
+  }
+
+  // Hands on the gradient of the state that entered a finished segment: to the initial state, to the reset state, or to nothing.
+  void deliver(int d, const Segment& segment, V grad, void* grad_initial, A* resets, int64_t size, int64_t padded, int64_t u) {
+    const Entry entry = at_.entry(d, segment);
+    if (resets) store(entry.reset ? grad : V{}, resets + (d * int64_t{p_.schedule.sequence_starts[z_.batch]} + segment.index) * padded + u);
+    if (entry.initial && !entry.reset && !entry.detached && u < size)
+      store(grad, static_cast<T*>(grad_initial) + state(d, segment.sequence) * size + u, count(u, size));
+  }
+
+  // What reaches the state that leaves a segment from outside of it.
+  V reaching(const void* grad_last, int d, const Lane& lane, int64_t size, int64_t u) const {
+    if (!lane.runs() || u >= size || !at_.leaves(d, *lane.segment)) return V{};
+    return tensor_at(grad_last, state(d, lane.segment->sequence), size, u, count(u, size));
+  }
+
+  // The gradient of the hidden state that left each lane's step, from the recurrent product of the round before.
+  // `lanes` and `row`: the first lane of the tile, and its row of states.
+  void state_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
     alignas(64) A product[max_rows * max_columns * width];
     const int64_t outputs = columns_ * width, first = block * outputs;
-    if (k > 0) multiply_tile(rows, columns_, product_in(k, d, n), depth_, packed_[d] + first * depth_, depth_, product);
-    for (int r = 0; r < rows; ++r)
+    bool needed = false;
+    for (int r = 0; r < lane_count; ++r) needed |= !lanes[r].starts() || (lanes[r].finished && wanted(d, *lanes[r].finished));
+    if (needed) multiply_tile(lane_count, columns_, product_in(k, d, row), depth_, packed_[d] + first * depth_, depth_, product);
+    for (int r = 0; r < lane_count; ++r)
       for (int64_t u = first; u < smaller(first + outputs, out_pad_); u += width) {
-        A* carry = carry_ + row(d, n + r) * out_pad_ + u;
-        V grad = load(carry);
-        if (k > 0) grad += load(product + r * outputs + (u - first));
-        grad = cross_edge(k, d, n + r, grad, reset_h_, out_pad_, u);
-        const int64_t t = at_.step(d, z_.steps - 1 - k);
-        const bool runs = k < z_.steps && at_.active(t, n + r);
-        store(runs ? V{} : grad, carry);
-        if (z_.projection) {
-          leave_hidden(k, t, d, n + r, u, grad, runs);
-        } else {
-          compute_units(k, t, d, n + r, u, grad, runs);
+        const V grad = hidden_gradient(d, lanes[r], row + r, u, needed ? load(product + r * outputs + (u - first)) : V{});
+        if (!z_.projection) {
+          compute_units(k, d, lanes[r], row + r, u, grad);
+        } else if (lanes[r].runs()) {
+          leave_hidden(d, lanes[r], row + r, u, grad);
         }
       }
   }
 
-  // With a projection, the gradient of the projected state is a result of its own and the next product's operand.
-  void leave_hidden(int64_t k, int64_t t, int d, int64_t n, int64_t u, V grad, bool runs) {
-    if (k == z_.steps) return;
-    const int units = count(u, z_.hidden_out);
-    grad = runs ? grad + tensor_at(p_.grad_output, place(t, d, n), z_.hidden_out, u, units) : V{};
-    store(grad, grad_h_ + row(d, n) * out_pad_ + u);
-    store(grad, static_cast<T*>(p_.grad_h) + place(t, d, n) * z_.hidden_out + u, units);
+  V hidden_gradient(int d, const Lane& lane, int64_t row, int64_t u, V product) {
+    if (!is_lstm && (!lane.starts() || lane.finished)) product += load(direct_ + (d * rows_ + row) * out_pad_ + u);
+    if (!lane.starts()) return product;
+    if (lane.finished) deliver(d, *lane.finished, product, p_.grad_h_0, reset_h_, z_.hidden_out, out_pad_, u);
+    return reaching(p_.grad_h_n, d, lane, z_.hidden_out, u);
   }
 
-  void cell_tile(int64_t k, int d, int64_t n, int rows, int64_t block) {
+  // With a projection, the gradient of the projected state is a result of its own and the next product's operand.
+  void leave_hidden(int d, const Lane& lane, int64_t row, int64_t u, V grad) {
+    const int units = count(u, z_.hidden_out);
+    const int64_t at = place(lane.step(d == 1), d, lane.segment->sequence);
+    grad += tensor_at(p_.grad_output, at, z_.hidden_out, u, units);
+    store(grad, grad_h_at(d, row) + u);
+    store(grad, static_cast<T*>(p_.grad_h) + at * z_.hidden_out + u, units);
+  }
+
+  void cell_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
     alignas(64) A product[max_rows * max_columns * width];
     const int64_t outputs = columns_ * width, first = block * outputs;
-    if (k < z_.steps)
-      multiply_tile(rows, columns_, grad_h_ + row(d, n) * out_pad_, out_pad_, packed_hr_[d] + first * z_.hidden_out, z_.hidden_out, product);
-    const int64_t t = at_.step(d, z_.steps - 1 - k);
-    for (int r = 0; r < rows; ++r) {
-      const bool runs = k < z_.steps && at_.active(t, n + r);
+    multiply_tile(lane_count, columns_, grad_h_at(d, row), out_pad_, packed_hr_[d] + first * z_.hidden_out, z_.hidden_out, product);
+    for (int r = 0; r < lane_count; ++r)
       for (int64_t u = first; u < smaller(first + outputs, hidden_pad_); u += width)
-        compute_units(k, t, d, n + r, u, runs ? load(product + r * outputs + (u - first)) : V{}, runs);
-    }
-  }
-
-  // `grad` of the state between the step of round k and the step of the round before, after the edge between them.
-  HSM_INLINE V cross_edge(int64_t k, int d, int64_t n, V grad, A* grad_reset, int64_t padded, int64_t u) {
-    if (k == 0 || !(at_.boundaries.reset_mask || at_.boundaries.detach_mask)) return grad;
-    const int64_t edge = Sequences::entered_edge(d, at_.step(d, z_.steps - k));
-    if (at_.resets(edge, n)) {
-      A* sum = grad_reset + row(d, n) * padded + u;
-      store(load(sum) + grad, sum);
-      return V{};
-    }
-    return at_.detaches(edge, n) ? V{} : grad;
+        compute_units(k, d, lanes[r], row + r, u, load(product + r * outputs + (u - first)));
   }
 
   // Through the cell of one step. grad_m: gradient of the hidden state (before its projection) from everything later; the
   // gradient of this step's output is added here unless the projection already did.
-  void compute_units(int64_t k, int64_t t, int d, int64_t n, int64_t u, V grad_m, bool runs) {
+  void compute_units(int64_t k, int d, const Lane& lane, int64_t row, int64_t u, V grad_m) {
     V grad_c{};
-    A* grad_c_at = is_lstm ? grad_c_ + row(d, n) * hidden_pad_ + u : nullptr;
-    if (is_lstm) {
-      grad_c = cross_edge(k, d, n, load(grad_c_at), reset_c_, hidden_pad_, u);
-      store(grad_c, grad_c_at);
-    }
-    if (k == z_.steps) return;
+    if constexpr (is_lstm) grad_c = cell_gradient(d, lane, row, u);
+    if (!lane.runs()) return;
     const int units = count(u, z_.hidden);
-    V grad_pre[4] = {};
-    if (runs) {
-      if (!z_.projection) grad_m += tensor_at(p_.grad_output, place(t, d, n), z_.hidden_out, u, units);
-      if constexpr (is_lstm) {
-        store(lstm_units(t, d, n, u, grad_m, grad_c, grad_pre), grad_c_at);
-      } else {
-        store(gru_units(t, d, n, u, grad_m, grad_pre), carry_ + row(d, n) * out_pad_ + u);
-      }
+    const int64_t t = lane.step(d == 1), at = place(t, d, lane.segment->sequence);
+    if (!z_.projection) grad_m += tensor_at(p_.grad_output, at, z_.hidden_out, u, units);
+    V grad_pre[4];
+    if constexpr (is_lstm) {
+      store(lstm_units(t, d, lane, u, grad_m, grad_c, grad_pre), grad_c_ + (d * rows_ + row) * hidden_pad_ + u);
+    } else {
+      store(gru_units(t, d, lane, u, grad_m, grad_pre), direct_ + (d * rows_ + row) * out_pad_ + u);
     }
-    T* grad_gates = static_cast<T*>(p_.grad_gates) + place(t, d, n) * 4 * z_.hidden + u;
+    T* grad_gates = static_cast<T*>(p_.grad_gates) + at * 4 * z_.hidden + u;
     for (int g = 0; g < 4; ++g) store(grad_pre[g], grad_gates + g * z_.hidden, units);
     // The hidden halves, as the rows of W_hh stand: all four for LSTM; r, z and the hidden half of n for GRU.
-    A* operand = product_out(k, d, n) + u;
+    A* operand = product_out(k, d, row) + u;
     for (int g = 0; g < gate_count; ++g) store(grad_pre[is_lstm || g < 2 ? g : 3], operand + g * z_.hidden, units);
   }
 
-  V lstm_units(int64_t t, int d, int64_t n, int64_t u, V grad_m, V grad_c, V (&grad_pre)[4]) {
+  // The gradient of the cell state that left the lane's step, from everything later.
+  V cell_gradient(int d, const Lane& lane, int64_t row, int64_t u) {
+    const V grad = load(grad_c_ + (d * rows_ + row) * hidden_pad_ + u);
+    if (!lane.starts()) return grad;
+    if (lane.finished) deliver(d, *lane.finished, grad, p_.grad_c_0, reset_c_, z_.hidden, hidden_pad_, u);
+    return reaching(p_.grad_c_n, d, lane, z_.hidden, u);
+  }
+
+  V lstm_units(int64_t t, int d, const Lane& lane, int64_t u, V grad_m, V grad_c, V (&grad_pre)[4]) {
     const int units = count(u, z_.hidden);
-    grad_c += tensor_at(p_.grad_c_states, place(t, d, n), z_.hidden, u, units);
-    const T* gates = static_cast<const T*>(p_.gates) + place(t, d, n) * 4 * z_.hidden + u;
+    const int64_t at = place(t, d, lane.segment->sequence);
+    grad_c += tensor_at(p_.grad_c_states, at, z_.hidden, u, units);
+    const T* gates = static_cast<const T*>(p_.gates) + at * 4 * z_.hidden + u;
     const LstmGates<V> active = {load(gates, units), load(gates + z_.hidden, units), load(gates + 2 * z_.hidden, units),
                                  load(gates + 3 * z_.hidden, units)};
-    const V c = tensor_at(p_.c_states, place(t, d, n), z_.hidden, u, units);
-    const V c_prev = entered_state(p_.c_states, p_.c_0, at_.boundaries.reset_c, t, d, n, u, units);
+    const V c = tensor_at(p_.c_states, at, z_.hidden, u, units);
+    const V c_prev = entered_state(p_.c_states, p_.c_0, at_.boundaries.reset_c, t, d, lane, u, units);
     V grad_c_prev;
     lstm_cell_backward<Math>(active, c_prev, c, grad_m, grad_c, grad_pre, grad_c_prev);
     return grad_c_prev;
   }
 
-  V gru_units(int64_t t, int d, int64_t n, int64_t u, V grad_h, V (&grad_pre)[4]) {
+  V gru_units(int64_t t, int d, const Lane& lane, int64_t u, V grad_h, V (&grad_pre)[4]) {
     const int units = count(u, z_.hidden);
-    const T* gates = static_cast<const T*>(p_.gates) + place(t, d, n) * 4 * z_.hidden + u;
+    const T* gates = static_cast<const T*>(p_.gates) + place(t, d, lane.segment->sequence) * 4 * z_.hidden + u;
     const GruGates<V> active = {load(gates, units), load(gates + z_.hidden, units), load(gates + 2 * z_.hidden, units),
                                 load(gates + 3 * z_.hidden, units)};
-    const V h_prev = entered_state(p_.output, p_.h_0, at_.boundaries.reset_h, t, d, n, u, units);
+    const V h_prev = entered_state(p_.output, p_.h_0, at_.boundaries.reset_h, t, d, lane, u, units);
     V direct;
     gru_cell_backward(active, h_prev, grad_h, grad_pre, direct);
     return direct;
   }
 
-  // The state that entered step t: that of the step before, the initial one, or the one it was reset to.
-  V entered_state(const void* states, const void* initial, const void* reset, int64_t t, int d, int64_t n, int64_t u, int units) {
-    const bool first = at_.is_first(d, t, n);
-    if (!(first && d == 1) && at_.resets(Sequences::entered_edge(d, t), n))
-      return tensor_at(reset, row(d, n), z_.hidden, u, units);
-    if (first) return tensor_at(initial, row(d, n), z_.hidden, u, units);
+  // The state that entered the lane's step t: that of the step before, the initial one, or the one it was reset to.
+  V entered_state(const void* states, const void* initial, const void* reset, int64_t t, int d, const Lane& lane, int64_t u, int units) {
+    const int64_t n = lane.segment->sequence;
+    if (lane.last()) {
+      const Entry entry = at_.entry(d, *lane.segment);
+      if (entry.reset) return tensor_at(reset, state(d, n), z_.hidden, u, units);
+      if (entry.initial) return tensor_at(initial, state(d, n), z_.hidden, u, units);
+    }
     return tensor_at(states, place(d ? t + 1 : t - 1, d, n), z_.hidden, u, units);
   }
 
@@ -254,16 +292,18 @@ class Backward {
   const Threads& threads_;
   Grid grid_;
   Barrier* barriers_;
+  Walk* walks_;                     // of each worker
+  int64_t rows_;                    // of states, in each direction
   int64_t depth_;                   // G * H: what the recurrent product sums over
   int64_t hidden_pad_, out_pad_;    // sizes in whole vectors
   int columns_;                     // vectors in a block of outputs
   int64_t blocks_, hidden_blocks_;  // of hidden (or projected) units; of hidden units behind a projection
-  A* grad_product_[2];              // (D, N, G * H): gradients of the hidden halves, even and odd rounds
-  A* carry_;                        // (D, N, out_pad): what reaches h beside the product
-  A* grad_c_;                       // (D, N, hidden_pad)
-  A* reset_h_;                      // (D, N, out_pad)
-  A* reset_c_;                      // (D, N, hidden_pad)
-  A* grad_h_;                       // (D, N, out_pad): with a projection, of the step's h
+  A* grad_product_[2];              // (D, rows, G * H): gradients of the hidden halves, even and odd rounds
+  A* direct_;                       // (D, rows, out_pad): what reaches h beside the product; GRU
+  A* grad_c_;                       // (D, rows, hidden_pad); LSTM
+  A* reset_h_;                      // (D, segments, out_pad): what each segment sends to the reset state, zero without a reset
+  A* reset_c_;                      // (D, segments, hidden_pad); LSTM
+  A* grad_h_;                       // (D, rows, out_pad): with a projection, of the step's h
   A* packed_[max_directions];
   A* packed_hr_[max_directions];
   size_t workspace_bytes_;

@@ -1,5 +1,6 @@
-// The forward recurrence of one layer. Every step is a product (states @ W_hh^T) whose tiles go through the cell equations
-// while they are in cache; with a projection a second product follows.
+// The forward recurrence of one layer. Every round is a product (states @ W_hh^T) whose tiles go through the cell equations
+// while they are in cache; with a projection a second product follows. Each slot of the schedule takes one step a round. When it
+// has ended a segment, it goes on with the state that enters the next one.
 #pragma once
 
 #include "common/cell_math.h"
@@ -22,7 +23,7 @@ class Forward {
 
  public:
   Forward(const ForwardParams& params, const Threads& threads, void* workspace)
-      : p_(params), z_(params.sizes), at_{params.sizes, params.boundaries}, threads_(threads) {
+      : p_(params), z_(params.sizes), at_{params.boundaries, params.sizes.steps}, threads_(threads) {
     hidden_pad_ = round_up(z_.hidden, width);
     out_pad_ = round_up(z_.hidden_out, width);
     blocks_ = hidden_pad_ / width;
@@ -30,10 +31,14 @@ class Forward {
     const double rows = gate_count * static_cast<double>(z_.hidden) * z_.hidden_out * z_.directions;
     packs_ = !p_.hidden_gates && !p_.input;
     grid_ = p_.hidden_gates ? Grid{1, 1}
-                            : choose_grid(threads.count, z_, max_rows, 2 * rows * z_.batch, rows * sizeof(A), blocks_ * z_.directions);
+                            : choose_grid(threads.count, p_.schedule, max_rows, 2 * rows * p_.schedule.slots, rows * sizeof(A),
+                                          blocks_ * z_.directions);
+    const int64_t lanes = Slots::rows_of_a_group(p_.schedule, grid_.batch_groups);
+    rows_ = lanes * grid_.batch_groups;
     Arena arena(workspace);
-    const int64_t states = z_.directions * z_.batch;
+    const int64_t states = z_.directions * rows_;
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
+    walks_ = take_walks(arena, grid_, lanes);
     bias_ = arena.take<A>(z_.directions * 4 * hidden_pad_);
     for (A*& h : h_) h = arena.take<A>(states * out_pad_);
     c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
@@ -53,30 +58,31 @@ class Forward {
     const bool parallel = grid_.workers() > 1;
     auto pack = [this](int64_t item) { pack_item(item); };
     run_items(threads_, parallel, z_.directions * (blocks_ + out_blocks_), pack);
-    auto enter = [this](int64_t row) { enter_row(static_cast<int>(row / z_.batch), row % z_.batch); };
-    run_items(threads_, false, z_.directions * z_.batch, enter);
+    for (int64_t worker = 0; worker < grid_.workers(); ++worker) {
+      const Walk& walk = start_walk(walks_, p_.schedule, grid_, worker);
+      for (int64_t i = 0; i < walk.active && worker % grid_.unit_groups == 0; ++i) enter_first(walk.lanes[i], walk.first_row + i);
+    }
+    auto end = [this](int64_t n) { end_sequence(n); };
+    if (at_.boundaries.lengths || z_.steps == 0) run_items(threads_, parallel, z_.batch, end);
     for (int64_t k = 0; p_.input && k < z_.batch * p_.input_size; k += width) {
       const int elements = count(k, z_.batch * p_.input_size);
       store(load(static_cast<const T*>(p_.input) + k, elements), input_ + k, elements);
     }
     auto round = [this](int64_t r, int64_t worker) { run_round(r, worker); };
-    run_in_rounds(threads_, grid_, barriers_, z_.steps * phases(), round);
-    for (int d = 0; d < z_.directions; ++d)
-      for (int64_t n = 0; n < z_.batch; ++n) leave_row(d, n);
+    run_in_rounds(threads_, grid_, barriers_, p_.schedule.rounds * phases(), round);
   }
 
  private:
   int phases() const { return z_.projection ? 2 : 1; }
-  int64_t row(int d, int64_t n) const { return d * z_.batch + n; }
   int count(int64_t u, int64_t size) const { return static_cast<int>(smaller(width, size - u)); }
-  A* h_now(int64_t k, int d, int64_t n) const { return h_[k % 2] + row(d, n) * out_pad_; }
-  A* h_next(int64_t k, int d, int64_t n) const { return h_[(k + 1) % 2] + row(d, n) * out_pad_; }
-  T* output(int64_t t, int d, int64_t n) const {
-    return static_cast<T*>(p_.output) + ((t * z_.batch + n) * z_.directions + d) * z_.hidden_out;
-  }
-  // Element u of row (d, n) of a (D, N, size) tensor that may be missing: zeros then.
-  static V state_at(const void* tensor, int64_t row, int64_t size, int64_t u, int count) {
-    return tensor ? load(static_cast<const T*>(tensor) + row * size + u, count) : V{};
+  A* h_now(int64_t k, int d, int64_t row) const { return h_[k % 2] + (d * rows_ + row) * out_pad_; }
+  A* h_next(int64_t k, int d, int64_t row) const { return h_[(k + 1) % 2] + (d * rows_ + row) * out_pad_; }
+  A* c_at(int d, int64_t row) const { return c_ + (d * rows_ + row) * hidden_pad_; }
+  A* m_at(int d, int64_t row) const { return m_ + (d * rows_ + row) * hidden_pad_; }
+  int64_t place(int64_t t, int d, int64_t n) const { return (t * z_.batch + n) * z_.directions + d; }
+  // Elements u.. of sequence n in a (D, N, size) tensor that may be missing: zeros then.
+  V state_at(const void* tensor, int d, int64_t n, int64_t size, int64_t u) const {
+    return tensor ? load(static_cast<const T*>(tensor) + (d * z_.batch + n) * size + u, count(u, size)) : V{};
   }
 
   void pack_item(int64_t item) {
@@ -114,117 +120,147 @@ class Forward {
     }
   }
 
-  // The state that enters the first step.
-  void enter_row(int d, int64_t n) {
-    const bool reset = d == 0 && at_.resets(0, n);
-    const void* h = reset ? at_.boundaries.reset_h : p_.h_0;
-    const void* c = reset ? at_.boundaries.reset_c : p_.c_0;
-    for (int64_t u = 0; u < out_pad_; u += width)
-      store(state_at(h, row(d, n), z_.hidden_out, u, count(u, z_.hidden_out)), h_now(0, d, n) + u);
-    if (!is_lstm) return;
-    for (int64_t u = 0; u < hidden_pad_; u += width)
-      store(state_at(c, row(d, n), z_.hidden, u, count(u, z_.hidden)), c_ + row(d, n) * hidden_pad_ + u);
+  // What a slot starts with.
+  void enter_first(const Lane& lane, int64_t row) {
+    for (int d = 0; d < z_.directions; ++d) {
+      for (int64_t u = 0; u < out_pad_; u += width) store(entering_h(d, lane.segment, lane.end, u), h_now(0, d, row) + u);
+      if (!is_lstm) continue;
+      for (int64_t u = 0; u < hidden_pad_; u += width) store(entering_c(d, lane.segment, lane.end, u), c_at(d, row) + u);
+    }
   }
 
-  void leave_row(int d, int64_t n) {
-    for (int64_t u = 0; u < z_.hidden_out; u += width)
-      store(load(h_now(z_.steps, d, n) + u), static_cast<T*>(p_.h_n) + row(d, n) * z_.hidden_out + u, count(u, z_.hidden_out));
-    if (!is_lstm) return;
-    for (int64_t u = 0; u < z_.hidden; u += width)
-      store(load(c_ + row(d, n) * hidden_pad_ + u), static_cast<T*>(p_.c_n) + row(d, n) * z_.hidden + u, count(u, z_.hidden));
+  // The state that enters a segment; zeros behind the slot's end.
+  V entering_h(int d, const Segment* segment, const Segment* end, int64_t u) const {
+    if (segment == end || u >= z_.hidden_out) return V{};
+    const void* from = at_.entry(d, *segment).reset ? at_.boundaries.reset_h : p_.h_0;
+    return state_at(from, d, segment->sequence, z_.hidden_out, u);
+  }
+  V entering_c(int d, const Segment* segment, const Segment* end, int64_t u) const {
+    if (segment == end || u >= z_.hidden) return V{};
+    const void* from = at_.entry(d, *segment).reset ? at_.boundaries.reset_c : p_.c_0;
+    return state_at(from, d, segment->sequence, z_.hidden, u);
+  }
+
+  // Behind the end of a sequence all results are zero. One without steps leaves as it entered.
+  void end_sequence(int64_t n) {
+    const int64_t length = at_.length(n);
+    for (int64_t t = larger(length, 0); t < z_.steps; ++t) {
+      clear(p_.output, t, n, z_.hidden_out);
+      if (p_.c_states) clear(p_.c_states, t, n, z_.hidden);
+      if (p_.save_gates) clear(p_.gates, t, n, p_.gate_columns);
+    }
+    if (length > 0) return;
+    for (int d = 0; d < z_.directions; ++d) {
+      copy_state(p_.h_0, p_.h_n, d, n, z_.hidden_out);
+      if (is_lstm) copy_state(p_.c_0, p_.c_n, d, n, z_.hidden);
+    }
+  }
+
+  // Zeros for both directions of step t of sequence n in an (L, N, D, size) tensor.
+  void clear(void* tensor, int64_t t, int64_t n, int64_t size) {
+    memset(static_cast<T*>(tensor) + place(t, 0, n) * size, 0, z_.directions * size * sizeof(T));
+  }
+
+  void copy_state(const void* from, void* to, int d, int64_t n, int64_t size) {
+    for (int64_t u = 0; u < size; u += width)
+      store(state_at(from, d, n, size, u), static_cast<T*>(to) + (d * z_.batch + n) * size + u, count(u, size));
   }
 
   void run_round(int64_t round, int64_t worker) {
     const int64_t k = round / phases();
     const bool projecting = round % phases() == 1;
-    const auto visit = [&](int d, int64_t n, int rows, int64_t block) {
+    Walk& walk = walks_[worker];
+    if (k > 0 && !projecting) walk.advance(false);
+    const auto visit = [&](int d, int64_t first, int lanes, int64_t block) {
       if (projecting) {
-        project_tile(k, d, n, rows, block);
+        project_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
       } else {
-        compute_tile(k, d, n, rows, block);
+        compute_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
       }
     };
-    for_each_tile(grid_, z_, projecting ? out_blocks_ : blocks_, max_rows, worker, visit);
+    for_each_tile(grid_, z_.directions, projecting ? out_blocks_ : blocks_, max_rows, worker, walk.active, visit);
   }
 
-  void compute_tile(int64_t k, int d, int64_t n, int rows, int64_t block) {
+  // `lanes` and `row`: the first lane of the tile, and its row of states.
+  void compute_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
     alignas(64) A product[max_rows * gate_count * width];
     const int64_t u = block * width;
     if (p_.input) {
-      multiply_step(d, n, rows, u, product);
+      multiply_step(d, lanes, lane_count, row, u, product);
     } else if (p_.hidden_gates) {
-      load_product(d, n, rows, u, product);
+      load_product(d, lanes, lane_count, u, product);
     } else {
-      multiply_block<A, gate_count>(rows, h_now(k, d, n), out_pad_, packed_[d] + u * gate_count * z_.hidden_out, z_.hidden_out, product);
+      multiply_block<A, gate_count>(lane_count, h_now(k, d, row), out_pad_, packed_[d] + u * gate_count * z_.hidden_out, z_.hidden_out, product);
     }
-    const int64_t t = at_.step(d, k);
-    for (int r = 0; r < rows; ++r) compute_units(k, t, d, n + r, u, product + r * gate_count * width);
+    for (int r = 0; r < lane_count; ++r) compute_units(k, d, lanes[r], row + r, u, product + r * gate_count * width);
   }
 
   // Both products of the only step, from the weights as they are.
-  void multiply_step(int d, int64_t n, int rows, int64_t u, A* product) {
+  void multiply_step(int d, const Lane* lanes, int lane_count, int64_t first_row, int64_t u, A* product) {
     const T* ih = static_cast<const T*>(p_.weights[d].weight_ih);
     const T* hh = static_cast<const T*>(p_.weights[d].weight_hh);
     const int units = count(u, z_.hidden);
     for (int g = 0; g < gate_count; ++g)
-      for (int r = 0; r < rows; ++r) {
-        const int64_t row = g * static_cast<int64_t>(z_.hidden) + u;
-        T* gates = static_cast<T*>(p_.gates) + ((n + r) * z_.directions + d) * p_.gate_columns + row;
+      for (int r = 0; r < lane_count; ++r) {
+        const int64_t n = lanes[r].segment->sequence, weight_row = g * static_cast<int64_t>(z_.hidden) + u;
+        T* gates = static_cast<T*>(p_.gates) + place(0, d, n) * p_.gate_columns + weight_row;
         A* out = product + (r * gate_count + g) * width;
         store(V{}, out);
-        multiply_unpacked(input_ + (n + r) * p_.input_size, ih + row * p_.input_size, p_.input_size, units, out);
+        multiply_unpacked(input_ + n * p_.input_size, ih + weight_row * p_.input_size, p_.input_size, units, out);
         store(load(out), gates, units);
-        multiply_unpacked(h_now(0, d, n + r), hh + row * z_.hidden_out, z_.hidden_out, units, out);
+        multiply_unpacked(h_now(0, d, first_row + r), hh + weight_row * z_.hidden_out, z_.hidden_out, units, out);
       }
   }
 
-  void load_product(int d, int64_t n, int rows, int64_t u, A* product) {
-    for (int r = 0; r < rows; ++r)
+  void load_product(int d, const Lane* lanes, int lane_count, int64_t u, A* product) {
+    for (int r = 0; r < lane_count; ++r)
       for (int g = 0; g < gate_count; ++g) {
-        const T* from = static_cast<const T*>(p_.hidden_gates) + (row(d, n + r) * gate_count + g) * z_.hidden + u;
+        const int64_t row = d * z_.batch + lanes[r].segment->sequence;
+        const T* from = static_cast<const T*>(p_.hidden_gates) + (row * gate_count + g) * z_.hidden + u;
         store(load(from, count(u, z_.hidden)), product + (r * gate_count + g) * width);
       }
   }
 
-  void compute_units(int64_t k, int64_t t, int d, int64_t n, int64_t u, const A* product) {
-    const int units = count(u, z_.hidden);
-    const int64_t place = (t * z_.batch + n) * z_.directions + d;
-    T* gates = static_cast<T*>(p_.gates) + place * p_.gate_columns + u;
-    T* c_state = is_lstm && p_.c_states ? static_cast<T*>(p_.c_states) + place * z_.hidden + u : nullptr;
-    if (!at_.active(t, n)) return skip_units(k, t, d, n, u, gates, c_state);
+  void compute_units(int64_t k, int d, const Lane& lane, int64_t row, int64_t u, const A* product) {
+    const int64_t t = lane.step(d == 0);
+    T* gates = static_cast<T*>(p_.gates) + place(t, d, lane.segment->sequence) * p_.gate_columns + u;
     V m;
     if constexpr (is_lstm) {
-      m = lstm_units(t, d, n, u, product, gates, c_state);
+      m = lstm_units(t, d, lane, row, u, product, gates);
     } else {
-      m = gru_units(k, d, n, u, product, gates);
+      m = gru_units(k, d, row, u, product, gates);
     }
     if (z_.projection) {
-      store(m, m_ + row(d, n) * hidden_pad_ + u);
+      store(m, m_at(d, row) + u);
     } else {
-      emit_hidden(k, t, d, n, u, units, m);
+      emit_hidden(k, t, d, lane, row, u, m);
     }
   }
 
-  V lstm_units(int64_t t, int d, int64_t n, int64_t u, const A* product, T* gates, T* c_state) {
+  V lstm_units(int64_t t, int d, const Lane& lane, int64_t row, int64_t u, const A* product, T* gates) {
     const int units = count(u, z_.hidden);
     V pre[4];
     for (int g = 0; g < 4; ++g)
       pre[g] = load(gates + g * z_.hidden, units) + load(product + g * width) + load(bias_ + (d * 4 + g) * hidden_pad_ + u);
-    A* c_at = c_ + row(d, n) * hidden_pad_ + u;
+    A* state = c_at(d, row) + u;
     LstmGates<V> active;
     V c, m;
-    lstm_cell_forward<Math>(pre, load(c_at), active, c, m);
+    lstm_cell_forward<Math>(pre, load(state), active, c, m);
     if (p_.save_gates) {
       const V values[4] = {active.i, active.f, active.g, active.o};
       for (int g = 0; g < 4; ++g) store(values[g], gates + g * z_.hidden, units);
     }
-    if (c_state) store(c, c_state, units);
-    const bool reset = at_.resets_after(d, t, n);
-    store(reset ? state_at(at_.boundaries.reset_c, row(d, n), z_.hidden, u, units) : c, c_at);
+    const int64_t n = lane.segment->sequence;
+    if (p_.c_states) store(c, static_cast<T*>(p_.c_states) + place(t, d, n) * z_.hidden + u, units);
+    if (lane.last()) {
+      if (at_.leaves(d, *lane.segment)) store(c, static_cast<T*>(p_.c_n) + (d * z_.batch + n) * z_.hidden + u, units);
+      c = entering_c(d, lane.segment + 1, lane.end, u);
+    }
+    store(c, state);
     return m;
   }
 
-  V gru_units(int64_t k, int d, int64_t n, int64_t u, const A* product, T* gates) {
+  V gru_units(int64_t k, int d, int64_t row, int64_t u, const A* product, T* gates) {
     const int units = count(u, z_.hidden);
     const A* bias = bias_ + d * 4 * hidden_pad_ + u;
     V x[3], h[3];
@@ -235,7 +271,7 @@ class Forward {
     h[2] += load(bias + 3 * hidden_pad_);
     GruGates<V> active;
     V h_next;
-    gru_cell_forward<Math>(x, h, load(h_now(k, d, n) + u), active, h_next);
+    gru_cell_forward<Math>(x, h, load(h_now(k, d, row) + u), active, h_next);
     if (p_.save_gates) {
       const V values[4] = {active.r, active.z, active.n, active.h_n};
       for (int g = 0; g < 4; ++g) store(values[g], gates + g * z_.hidden, units);
@@ -245,49 +281,27 @@ class Forward {
 
   // Writes the hidden state of a step, and what the next step starts from. The next step gets what was written, rounded as
   // it was, so that a sequence run in two calls gives the same bits.
-  HSM_INLINE void emit_hidden(int64_t k, int64_t t, int d, int64_t n, int64_t u, int units, V h) {
-    T* out = output(t, d, n) + u;
+  HSM_INLINE void emit_hidden(int64_t k, int64_t t, int d, const Lane& lane, int64_t row, int64_t u, V h) {
+    const int units = count(u, z_.hidden_out);
+    const int64_t n = lane.segment->sequence;
+    T* out = static_cast<T*>(p_.output) + place(t, d, n) * z_.hidden_out + u;
     store(h, out, units);
-    if (at_.resets_after(d, t, n)) {
-      h = state_at(at_.boundaries.reset_h, row(d, n), z_.hidden_out, u, units);
+    if (lane.last()) {
+      if (at_.leaves(d, *lane.segment)) store(h, static_cast<T*>(p_.h_n) + (d * z_.batch + n) * z_.hidden_out + u, units);
+      h = entering_h(d, lane.segment + 1, lane.end, u);
     } else if (sizeof(T) != sizeof(A)) {
       h = load(out, units);
     }
-    store(h, h_next(k, d, n) + u);
+    store(h, h_next(k, d, row) + u);
   }
 
-  // A step behind the end: zero results, and the state waits.
-  void skip_units(int64_t k, int64_t t, int d, int64_t n, int64_t u, T* gates, T* c_state) {
-    const int units = count(u, z_.hidden);
-    if (p_.save_gates)
-      for (int g = 0; g < 4; ++g) store(V{}, gates + g * z_.hidden, units);
-    if (c_state) store(V{}, c_state, units);
-    if (z_.projection) {
-      store(V{}, m_ + row(d, n) * hidden_pad_ + u);
-    } else {
-      hold_hidden(k, t, d, n, u, units);
-    }
-  }
-
-  void hold_hidden(int64_t k, int64_t t, int d, int64_t n, int64_t u, int units) {
-    store(V{}, output(t, d, n) + u, units);
-    store(load(h_now(k, d, n) + u), h_next(k, d, n) + u);
-  }
-
-  void project_tile(int64_t k, int d, int64_t n, int rows, int64_t block) {
+  void project_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
     constexpr int outputs = max_columns * width;
     alignas(64) A product[max_rows * outputs];
-    multiply_block<A, max_columns>(rows, m_ + row(d, n) * hidden_pad_, hidden_pad_, packed_hr_[d] + block * outputs * z_.hidden, z_.hidden, product);
-    const int64_t t = at_.step(d, k);
-    for (int r = 0; r < rows; ++r)
-      for (int64_t u = block * outputs; u < smaller((block + 1) * outputs, out_pad_); u += width) {
-        const int units = count(u, z_.hidden_out);
-        if (at_.active(t, n + r)) {
-          emit_hidden(k, t, d, n + r, u, units, load(product + r * outputs + (u - block * outputs)));
-        } else {
-          hold_hidden(k, t, d, n + r, u, units);
-        }
-      }
+    multiply_block<A, max_columns>(lane_count, m_at(d, row), hidden_pad_, packed_hr_[d] + block * outputs * z_.hidden, z_.hidden, product);
+    for (int r = 0; r < lane_count; ++r)
+      for (int64_t u = block * outputs; u < smaller((block + 1) * outputs, out_pad_); u += width)
+        emit_hidden(k, lanes[r].step(d == 0), d, lanes[r], row + r, u, load(product + r * outputs + (u - block * outputs)));
   }
 
   const ForwardParams& p_;
@@ -296,12 +310,14 @@ class Forward {
   const Threads& threads_;
   Grid grid_;
   Barrier* barriers_;
+  Walk* walks_;                   // of each worker
+  int64_t rows_;                  // of states, in each direction
   int64_t hidden_pad_, out_pad_;  // sizes in whole vectors
   int64_t blocks_, out_blocks_;   // of hidden units, one vector each; of projected units, max_columns vectors each
   A* bias_;                       // (D, 4, hidden_pad)
-  A* h_[2];                       // (D, N, out_pad): what enters even and odd steps
-  A* c_;                          // (D, N, hidden_pad)
-  A* m_;                          // (D, N, hidden_pad): hidden state before the projection
+  A* h_[2];                       // (D, rows, out_pad): what enters even and odd rounds
+  A* c_;                          // (D, rows, hidden_pad)
+  A* m_;                          // (D, rows, hidden_pad): hidden state before the projection
   bool packs_;                    // whether the recurrent weights are packed
   A* input_;                      // (N, I), where the kernel computes the input's product
   A* packed_[max_directions];

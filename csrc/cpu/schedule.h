@@ -1,51 +1,13 @@
-// Who computes what, and where sequences are cut: shared by the forward and the backward pass of both cells.
+// Who computes what in which round: shared by the forward and the backward pass of both cells.
 #pragma once
 
-#include "common/params.h"
+#include "common/segments.h"
 #include "cpu/simd.h"
 #include "cpu/threads.h"
 
 namespace hsm {
 namespace cpu {
 namespace HSM_ISA {
-
-// Steps, ends and edges of the sequences of one call. Direction 0 runs forward in time, direction 1 in reverse.
-struct Sequences {
-  const Sizes& sizes;
-  const Boundaries& boundaries;
-
-  // Never above L, whatever was given: the masks are read by it.
-  int64_t length(int64_t n) const {
-    return boundaries.lengths ? smaller(boundaries.lengths[n], sizes.steps) : sizes.steps;
-  }
-  bool active(int64_t t, int64_t n) const { return t < length(n); }
-
-  // The step that a direction runs as its k-th.
-  int64_t step(int direction, int64_t k) const { return direction ? sizes.steps - 1 - k : k; }
-
-  // The edges that a direction crosses when it enters and when it leaves step t.
-  static int64_t entered_edge(int direction, int64_t t) { return direction ? t + 1 : t; }
-  static int64_t left_edge(int direction, int64_t t) { return direction ? t : t + 1; }
-
-  // Whether the state that crosses an edge of sequence n is replaced, or its gradient cut. The caller knows that the
-  // direction crosses the edge; an edge at or behind the sequence's end does nothing.
-  bool resets(int64_t edge, int64_t n) const {
-    const Boundaries& b = boundaries;
-    return b.reset_mask && edge < length(n) && b.reset_mask[edge * b.reset_step_stride + n * b.reset_batch_stride];
-  }
-  bool detaches(int64_t edge, int64_t n) const {
-    const Boundaries& b = boundaries;
-    return b.detach_mask && edge < length(n) && b.detach_mask[edge * b.detach_step_stride + n * b.detach_batch_stride];
-  }
-
-  // Whether the state that leaves step t is replaced on its way to the direction's next step.
-  bool resets_after(int direction, int64_t t, int64_t n) const {
-    return boundaries.reset_mask && !(direction && t == 0) && resets(left_edge(direction, t), n);
-  }
-
-  // Whether step t is the first that a direction runs of sequence n.
-  bool is_first(int direction, int64_t t, int64_t n) const { return t == (direction ? length(n) - 1 : 0); }
-};
 
 // Hands out aligned pieces of one allocation. With a null base it only measures.
 class Arena {
@@ -80,24 +42,95 @@ struct Range {
   }
 };
 
-// Calls visit(direction, first row, rows, block) for the tiles of a worker's share of one product, whose outputs are cut into
-// `blocks` for each direction.
-template <class Visit>
-void for_each_tile(const Grid& grid, const Sizes& sizes, int64_t blocks, int64_t rows_per_tile, int64_t worker, Visit visit) {
-  const Range rows = Range::part(sizes.batch, grid.batch_groups, worker / grid.unit_groups);
-  const Range items = Range::part(sizes.directions * blocks, grid.unit_groups, worker % grid.unit_groups);
-  for (int64_t item = items.begin; item < items.end; ++item)
-    for (int64_t n = rows.begin; n < rows.end; n += rows_per_tile)
-      visit(static_cast<int>(item / blocks), n, static_cast<int>(smaller(rows_per_tile, rows.end - n)), item % blocks);
+// The slots that a group of workers runs: every `groups`-th of the schedule, so that all groups have about as much to do.
+// Their states lie beside each other, in the rows from `first_row` on.
+struct Slots {
+  const Schedule& schedule;
+  int64_t groups, group;
+
+  static int64_t rows_of_a_group(const Schedule& schedule, int64_t groups) { return (schedule.slots + groups - 1) / groups; }
+  int64_t count() const { return (schedule.slots - group + groups - 1) / groups; }
+  int64_t first_row() const { return group * rows_of_a_group(schedule, groups); }
+  const Segment* begin(int64_t i) const { return schedule.segments + schedule.slot_starts[i * groups + group]; }
+  const Segment* end(int64_t i) const { return schedule.segments + schedule.slot_starts[i * groups + group + 1]; }
+};
+
+// A slot in the midst of its work.
+struct Lane {
+  const Segment* segment;   // the one that it runs
+  const Segment* end;       // where its segments end
+  const Segment* finished;  // the one that it ran before, in the first round after it
+  int64_t done;             // steps of `segment` in the rounds before
+
+  bool runs() const { return segment != end; }
+  bool starts() const { return done == 0; }
+  bool last() const { return done + 1 == steps_of(*segment); }
+  // The step of this round, in a pass that goes through the segment in time, or against it.
+  int64_t step(bool in_time) const { return in_time ? segment->begin + done : segment->end - 1 - done; }
+
+  void advance() {
+    finished = nullptr;
+    if (++done < steps_of(*segment)) return;
+    finished = segment++;
+    done = 0;
+  }
+};
+
+// One worker's walk along the slots of its group. Those that have something to do come first.
+struct alignas(64) Walk {
+  Lane* lanes;
+  int64_t active, first_row;
+
+  void start(const Slots& slots) {
+    active = slots.count();
+    first_row = slots.first_row();
+    for (int64_t i = 0; i < active; ++i) lanes[i] = {slots.begin(i), slots.end(i), nullptr, 0};
+  }
+
+  // To the next round. A slot that `lingers` stays for one more round after its last step.
+  void advance(bool lingers) {
+    for (int64_t i = 0; i < active; ++i)
+      if (lanes[i].runs()) {
+        lanes[i].advance();
+      } else {
+        lanes[i].finished = nullptr;
+      }
+    const auto idle = [&](const Lane& lane) { return !lane.runs() && !(lingers && lane.finished); };
+    while (active > 0 && idle(lanes[active - 1])) --active;
+  }
+};
+
+inline Walk* take_walks(Arena& arena, const Grid& grid, int64_t lanes) {
+  Walk* walks = arena.take<Walk>(grid.workers());
+  for (int64_t worker = 0; worker < grid.workers(); ++worker) {
+    Lane* own = arena.take<Lane>(lanes);
+    if (own) walks[worker].lanes = own;
+  }
+  return walks;
 }
 
-// `flops`: of the product of one step. `weight_bytes`: of all its weights. `units`: how far they can be cut.
-inline Grid choose_grid(int threads, const Sizes& sizes, int64_t rows_per_pass, double flops, double weight_bytes, int64_t units) {
+inline Walk& start_walk(Walk* walks, const Schedule& schedule, const Grid& grid, int64_t worker) {
+  walks[worker].start(Slots{schedule, grid.batch_groups, worker / grid.unit_groups});
+  return walks[worker];
+}
+
+// Calls visit(direction, first lane, lanes, block) for the tiles of a worker's share of one product, whose outputs are cut into
+// `blocks` for each direction.
+template <class Visit>
+void for_each_tile(const Grid& grid, int directions, int64_t blocks, int64_t lanes_per_tile, int64_t worker, int64_t active, Visit visit) {
+  const Range items = Range::part(directions * blocks, grid.unit_groups, worker % grid.unit_groups);
+  for (int64_t item = items.begin; item < items.end; ++item)
+    for (int64_t i = 0; i < active; i += lanes_per_tile)
+      visit(static_cast<int>(item / blocks), i, static_cast<int>(smaller(lanes_per_tile, active - i)), item % blocks);
+}
+
+// `flops`: of the product of one full round. `weight_bytes`: of all its weights. `units`: how far they can be cut.
+inline Grid choose_grid(int threads, const Schedule& schedule, int64_t rows_per_pass, double flops, double weight_bytes, int64_t units) {
   constexpr double flops_worth_a_thread = 2e6;   // in all: some ten microseconds
-  constexpr double flops_worth_a_barrier = 6e4;  // per worker and step: about a microsecond
+  constexpr double flops_worth_a_barrier = 6e4;  // per worker and round: about a microsecond
   constexpr double private_cache = 1e6;          // bytes of weights that each core keeps when every core needs them all
-  if (threads <= 1 || flops * static_cast<double>(sizes.steps) < flops_worth_a_thread) return {1, 1};
-  const int64_t by_batch = smaller(threads, larger(1, sizes.batch / rows_per_pass));
+  if (threads <= 1 || flops * static_cast<double>(schedule.rounds) < flops_worth_a_thread) return {1, 1};
+  const int64_t by_batch = smaller(threads, larger(1, schedule.slots / rows_per_pass));
   const int64_t by_units = smaller(smaller(threads, units), larger(1, static_cast<int64_t>(flops / flops_worth_a_barrier)));
   if (weight_bytes <= private_cache && by_batch > 1) return {by_batch, smaller(by_units, threads / by_batch)};
   return {smaller(by_batch, threads / by_units), by_units};
