@@ -8,10 +8,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import reference
-from ._gradients import previous_states
+from ._gradients import HiddenStates, gru_gates, lstm_gates, previous_states, without_padding
 from .reference import Boundaries, State, Weights, select, valid_steps
 
 
@@ -34,8 +33,8 @@ def lstm_forward(
     reset_h: Tensor | None,
     reset_c: Tensor | None,
     lengths: Tensor | None,
-    return_states: bool,
-    training: bool,
+    keep_c: bool,
+    keep_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``lstm_forward`` in ``_ops.py``."""
     directions, (gate_rows, hidden_out) = len(weights), weights[0].weight_hh.shape
@@ -44,10 +43,10 @@ def lstm_forward(
     boundaries = lstm_boundaries(directions, reset_mask, reset_h, reset_c, None, lengths)
     output, h_n, c_n, c_states = reference.lstm_layer(input, h_0, c_0, weights, boundaries)
     gates = input.new_empty(0)
-    if training:
-        entering = _entering(output, h_0, reset_mask, reset_h, lengths, directions)
-        gates = _join([_lstm_gates(input, h, w) for h, w in zip(entering, weights, strict=True)], lengths)
-    return output, h_n, c_n, c_states if training or return_states else input.new_empty(0), gates
+    if keep_gates:
+        states = HiddenStates(output, h_0, directions, reset_mask, reset_h, lengths)
+        gates = lstm_gates(without_padding(input, lengths), states.entering, weights)
+    return output, h_n, c_n, c_states if keep_c else input.new_empty(0), gates
 
 
 def gru_forward(
@@ -57,7 +56,7 @@ def gru_forward(
     reset_mask: Tensor | None,
     reset_h: Tensor | None,
     lengths: Tensor | None,
-    training: bool,
+    keep_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``gru_forward`` in ``_ops.py``."""
     directions = len(weights)
@@ -65,9 +64,9 @@ def gru_forward(
     boundaries = gru_boundaries(directions, reset_mask, reset_h, None, lengths)
     output, h_n = reference.gru_layer(input, h_0, weights, boundaries)
     gates = input.new_empty(0)
-    if training:
-        entering = _entering(output, h_0, reset_mask, reset_h, lengths, directions)
-        gates = _join([_gru_gates(input, h, w) for h, w in zip(entering, weights, strict=True)], lengths)
+    if keep_gates:
+        states = HiddenStates(output, h_0, directions, reset_mask, reset_h, lengths)
+        gates = gru_gates(without_padding(input, lengths), states.entering, weights)
     return output, h_n, gates
 
 
@@ -94,48 +93,6 @@ def gru_boundaries(
     """The boundaries of each direction of a GRU layer; ``reset_h`` is ``(D, N, H)``."""
     states = [None if reset_h is None else (reset_h[d],) for d in range(directions)]
     return [Boundaries(reset_mask, state, detach_mask, lengths) for state in states]
-
-
-def _entering(
-    output: Tensor,
-    h_0: Tensor,
-    reset_mask: Tensor | None,
-    reset_h: Tensor | None,
-    lengths: Tensor | None,
-    directions: int,
-) -> list[Tensor]:
-    """The hidden state that entered each step, per direction."""
-    return [
-        previous_states(
-            h,
-            h_0[d],
-            reset_mask=reset_mask,
-            reset_state=at(reset_h, d),
-            lengths=lengths,
-            reverse=d == 1,
-        )
-        for d, h in enumerate(output.chunk(directions, dim=-1))
-    ]
-
-
-def _join(gates: list[Tensor], lengths: Tensor | None) -> Tensor:
-    """Stack the directions' gates to ``(L, N, D, 4 * H)``, zero at padded steps."""
-    joined = torch.stack(gates, dim=2)
-    valid = valid_steps(joined.size(0), joined.size(1), lengths, joined.device)
-    return torch.where(valid[..., None, None], joined, 0)
-
-
-def _lstm_gates(input: Tensor, h: Tensor, weights: Weights) -> Tensor:
-    gates = F.linear(input, weights.weight_ih, weights.bias_ih) + F.linear(h, weights.weight_hh, weights.bias_hh)
-    i, f, g, o = gates.chunk(4, dim=-1)
-    return torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], dim=-1)
-
-
-def _gru_gates(input: Tensor, h: Tensor, weights: Weights) -> Tensor:
-    x_r, x_z, x_n = F.linear(input, weights.weight_ih, weights.bias_ih).chunk(3, dim=-1)
-    h_r, h_z, h_n = F.linear(h, weights.weight_hh, weights.bias_hh).chunk(3, dim=-1)
-    r = (x_r + h_r).sigmoid()
-    return torch.cat([r, (x_z + h_z).sigmoid(), (x_n + r * h_n).tanh(), h_n], dim=-1)
 
 
 #: (step, gradients of the state that left it) -> (gradients of the state that entered it, what to keep).

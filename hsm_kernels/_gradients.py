@@ -1,14 +1,18 @@
-"""What follows the backward recurrence: weight and input gradients, each one product over all steps.
+"""What is not sequential in the backward pass: weight and input gradients, gates computed again.
+
+Each is a product over all steps.
 
 The recurrence leaves the gradient of every gate pre-activation, ``grad_gates`` ``(L, N, D, 4 * H)``. For a GRU its
 four parts are ``r``, ``z``, the input half of ``n`` and the hidden half of ``n``. Everything here is plain tensor
 algebra and runs on any device.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from .reference import valid_steps
+from .reference import Weights, valid_steps
 
 
 def previous_states(
@@ -22,8 +26,7 @@ def previous_states(
 ) -> Tensor:
     """The state that entered each step of one direction, ``(L, N, X)``, from the state that left it.
 
-    ``initial`` and ``reset_state`` are ``(N, X)``, None meaning zeros. What stands at padded steps is unspecified but
-    finite.
+    ``initial`` and ``reset_state`` are ``(N, X)``, None meaning zeros. Padded steps are zero.
     """
     num_steps, batch = states.shape[:2]
     first = torch.zeros_like(states[:1]) if initial is None else initial[None, :, :][:num_steps]
@@ -38,7 +41,7 @@ def previous_states(
     if reset_mask is not None:
         reset = crossed & (_edges_of_reverse(reset_mask) if reverse else reset_mask)
         entering = torch.where(reset[..., None], 0 if reset_state is None else reset_state, entering)
-    return entering
+    return without_padding(entering, lengths)
 
 
 def _edges_of_reverse(mask: Tensor) -> Tensor:
@@ -51,40 +54,107 @@ def flat(steps: Tensor) -> Tensor:
     return steps.flatten(0, 1)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of matrices, by the fastest kernel there is; not differentiable."""
+    found: Tensor = torch.ops.hsm_kernels.product.default(a, b)
+    return found
+
+
 def weight_gradient(grad_outputs: Tensor, inputs: Tensor) -> Tensor:
     """The gradient of ``W`` in ``outputs = inputs @ W.T``, summed over steps and sequences: ``(O, X)``."""
-    return flat(grad_outputs).t() @ flat(inputs)
+    return product(flat(grad_outputs).t(), flat(inputs))
 
 
-def recurrent_weight_gradient(
-    grad_outputs: Tensor,
-    states: Tensor,
-    initial: Tensor | None,
-    *,
-    reset_mask: Tensor | None,
-    reset_state: Tensor | None,
-    lengths: Tensor | None,
-    reverse: bool,
-) -> Tensor:
-    """The gradient of ``weight_hh``, ``(O, X)``: each step's gate gradients times the state that entered the step."""
-    if reset_mask is None and lengths is None and states.size(0) > 0:
+class HiddenStates:
+    """The hidden states of a layer's directions, as the steps left them and as they entered the next ones."""
+
+    def __init__(
+        self,
+        output: Tensor,
+        h_0: Tensor | None,
+        directions: int,
+        reset_mask: Tensor | None,
+        reset_h: Tensor | None,
+        lengths: Tensor | None,
+    ) -> None:
+        self.by_direction = output.chunk(directions, dim=-1)
+        self.h_0 = h_0
+        self.reset_mask = reset_mask
+        self.reset_h = reset_h
+        self.lengths = lengths
+
+    @cached_property
+    def entering(self) -> list[Tensor]:
+        """The state that entered each step, ``(L, N, Hout)`` for each direction."""
+        return [
+            previous_states(
+                states,
+                None if self.h_0 is None else self.h_0[d],
+                reset_mask=self.reset_mask,
+                reset_state=None if self.reset_h is None else self.reset_h[d],
+                lengths=self.lengths,
+                reverse=d == 1,
+            )
+            for d, states in enumerate(self.by_direction)
+        ]
+
+    def weight_gradient(self, grad_outputs: Tensor, direction: int) -> Tensor:
+        """The gradient of ``weight_hh``, ``(O, Hout)``: each step's gate gradients times the state that entered it."""
+        states = self.by_direction[direction]
+        if "entering" in self.__dict__ or self.reset_mask is not None or self.lengths is not None or not len(states):
+            return weight_gradient(grad_outputs, self.entering[direction])
         # Shifted views serve as "the state that entered", so nothing is copied.
         gates_after, states_before, gates_first = (
             (grad_outputs[:-1], states[1:], grad_outputs[-1])
-            if reverse
+            if direction == 1
             else (grad_outputs[1:], states[:-1], grad_outputs[0])
         )
         grad = weight_gradient(gates_after, states_before)
-        return grad if initial is None else torch.addmm(grad, gates_first.t(), initial)
-    entering = previous_states(
-        states,
-        initial,
-        reset_mask=reset_mask,
-        reset_state=reset_state,
-        lengths=lengths,
-        reverse=reverse,
-    )
-    return weight_gradient(grad_outputs, entering)
+        return grad if self.h_0 is None else grad.add_(product(gates_first.t(), self.h_0[direction]))
+
+
+def lstm_gates(input: Tensor, entering: list[Tensor], weights: list[Weights]) -> Tensor:
+    """The gates i, f, g, o of all steps, ``(L, N, D, 4 * H)``, from the hidden state that entered each step."""
+    parts = []
+    for h, w in zip(entering, weights, strict=True):
+        gates = _affine(input, w.weight_ih, w.bias_ih).add_(_affine(h, w.weight_hh, w.bias_hh))
+        hidden = gates.size(1) // 4
+        gates[:, : 2 * hidden].sigmoid_()
+        gates[:, 2 * hidden : 3 * hidden].tanh_()
+        gates[:, 3 * hidden :].sigmoid_()
+        parts.append(gates)
+    return _by_step(parts, input)
+
+
+def gru_gates(input: Tensor, entering: list[Tensor], weights: list[Weights]) -> Tensor:
+    """The gates r, z, n and the hidden half of n of all steps, ``(L, N, D, 4 * H)``; see :func:`lstm_gates`."""
+    parts = []
+    for h, w in zip(entering, weights, strict=True):
+        hidden = w.weight_hh.size(0) // 3
+        rz_of, n_of = slice(2 * hidden), slice(2 * hidden, None)
+        rz = _affine(input, *_rows(w, rz_of, "ih")).add_(_affine(h, *_rows(w, rz_of, "hh"))).sigmoid_()
+        hidden_n = _affine(h, *_rows(w, n_of, "hh"))
+        n = _affine(input, *_rows(w, n_of, "ih")).addcmul_(rz[:, :hidden], hidden_n).tanh_()
+        parts.append(torch.cat([rz, n, hidden_n], dim=1))
+    return _by_step(parts, input)
+
+
+def _rows(weights: Weights, rows: slice, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Some rows of ``weight_{kind}`` and ``bias_{kind}``."""
+    weight, bias = getattr(weights, f"weight_{kind}"), getattr(weights, f"bias_{kind}")
+    return weight[rows], None if bias is None else bias[rows]
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` of all steps, ``(L * N, O)``."""
+    found = product(flat(x), weight.t())
+    return found if bias is None else found.add_(bias)
+
+
+def _by_step(parts: list[Tensor], like: Tensor) -> Tensor:
+    """The directions' ``(L * N, X)`` as ``(L, N, D, X)``."""
+    joined = parts[0].unsqueeze(1) if len(parts) == 1 else torch.stack(parts, dim=1)
+    return joined.view(like.size(0), like.size(1), len(parts), joined.size(2))
 
 
 def without_padding(steps: Tensor, lengths: Tensor | None) -> Tensor:

@@ -4,7 +4,9 @@ One call runs all steps and both directions of one layer. Shapes: ``input`` ``(L
 ``c_0`` ``(D, N, H)`` (None = zeros), masks bool ``(L, N)``, ``reset_h`` and ``reset_c`` like ``h_0`` and ``c_0``,
 ``lengths`` int64 ``(N,)`` between 0 and L. Results: ``output`` ``(L, N, D * Hout)``, ``c_states`` ``(L, N, D, H)``,
 ``gates`` ``(L, N, D, 4 * H)`` in the order i, f, g, o for LSTM and r, z, n, hidden half of n for GRU. A result that
-was not asked for has shape ``(0,)``.
+was not asked for has shape ``(0,)``. ``training`` keeps what the gradients need; with ``recompute`` too, the gates are
+not kept but computed again for the backward pass. ``product`` is ``a @ b``, by a kernel of our own where that is faster
+than torch's.
 
 The native library adds CPU kernels for the same operators; they win over the fallback by dispatch.
 """
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _fallback, reference
-from ._gradients import flat, recurrent_weight_gradient, weight_gradient, without_padding
+from ._gradients import HiddenStates, flat, gru_gates, lstm_gates, product, weight_gradient, without_padding
 from .reference import Weights
 
 NAMESPACE = "hsm_kernels"
@@ -32,17 +34,19 @@ def _weight_arguments(names: list[str]) -> str:
 _SCHEMAS = {
     "lstm_forward": f"(Tensor input, Tensor? h_0, Tensor? c_0, {_weight_arguments(_LSTM_WEIGHTS)}, "
     "Tensor? reset_mask, Tensor? reset_h, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths, "
-    "bool return_states, bool training) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor c_states, Tensor gates)",
+    "bool return_states, bool recompute, bool training) -> "
+    "(Tensor output, Tensor h_n, Tensor c_n, Tensor c_states, Tensor gates)",
     "lstm_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_c_states, "
     "Tensor c_states, Tensor gates, Tensor? c_0, Tensor weight_hh, Tensor? weight_hr, Tensor? weight_hh_reverse, "
     "Tensor? weight_hr_reverse, Tensor? reset_mask, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths) -> "
     "(Tensor grad_gates, Tensor grad_h, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
     "gru_forward": f"(Tensor input, Tensor? h_0, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, "
-    "Tensor? reset_h, Tensor? detach_mask, Tensor? lengths, bool training) -> "
+    "Tensor? reset_h, Tensor? detach_mask, Tensor? lengths, bool recompute, bool training) -> "
     "(Tensor output, Tensor h_n, Tensor gates)",
     "gru_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor output, Tensor gates, Tensor? h_0, "
     "Tensor weight_hh, Tensor? weight_hh_reverse, Tensor? reset_mask, Tensor? reset_h, Tensor? detach_mask, "
     "Tensor? lengths) -> (Tensor grad_gates, Tensor grad_h_0, Tensor grad_reset_h)",
+    "product": "(Tensor a, Tensor b) -> Tensor",
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
@@ -61,18 +65,19 @@ def _directions(arguments: tuple[Tensor | None, ...]) -> list[Weights]:
 
 
 def _lstm_forward_fallback(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, reset_c, _, lengths, return_states, training) = (
+    weights, (reset_mask, reset_h, reset_c, _, lengths, return_states, recompute, training) = (
         _directions(rest[:10]),
         rest[10:],
     )
     return _fallback.lstm_forward(
-        input, h_0, c_0, weights, reset_mask, reset_h, reset_c, lengths, return_states, training
-    )
+        input, h_0, c_0, weights, reset_mask, reset_h, reset_c, lengths,
+        training or return_states, training and not recompute,
+    )  # fmt: skip
 
 
 def _gru_forward_fallback(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, _, lengths, training) = _directions(rest[:8]), rest[8:]
-    return _fallback.gru_forward(input, h_0, weights, reset_mask, reset_h, lengths, training)
+    weights, (reset_mask, reset_h, _, lengths, recompute, training) = _directions(rest[:8]), rest[8:]
+    return _fallback.gru_forward(input, h_0, weights, reset_mask, reset_h, lengths, training and not recompute)
 
 
 def _lstm_backward_fallback(
@@ -106,7 +111,7 @@ def _gru_backward_fallback(
 
 
 def _lstm_forward_fake(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
-    weights, return_states, training = _directions(rest[:10]), rest[-2], rest[-1]
+    weights, (return_states, recompute, training) = _directions(rest[:10]), rest[-3:]
     (steps, batch, _), directions = input.shape, len(weights)
     gate_rows, hidden_out = weights[0].weight_hh.shape
     hidden = gate_rows // 4
@@ -116,17 +121,17 @@ def _lstm_forward_fake(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[T
         input.new_empty(directions, batch, hidden_out),
         input.new_empty(directions, batch, hidden),
         input.new_empty(steps, batch, directions, hidden) if keep_c else input.new_empty(0),
-        input.new_empty(steps, batch, directions, gate_rows) if training else input.new_empty(0),
+        input.new_empty(steps, batch, directions, gate_rows) if training and not recompute else input.new_empty(0),
     )
 
 
 def _gru_forward_fake(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]:
-    weights, training = _directions(rest[:8]), rest[-1]
+    weights, (recompute, training) = _directions(rest[:8]), rest[-2:]
     (steps, batch, _), directions, hidden = input.shape, len(weights), weights[0].weight_hh.size(1)
     return (
         input.new_empty(steps, batch, directions * hidden),
         input.new_empty(directions, batch, hidden),
-        input.new_empty(steps, batch, directions, 4 * hidden) if training else input.new_empty(0),
+        input.new_empty(steps, batch, directions, 4 * hidden) if training and not recompute else input.new_empty(0),
     )
 
 
@@ -165,23 +170,28 @@ def _gru_backward_fake(
     )
 
 
+def _product_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.size(0), b.size(1))
+
+
 # -------------------------------------------------------------------------------------------------------------
 # gradients
 
 
-def _save(ctx: Any, tensors: tuple[Tensor | None, ...], gates: Tensor, training: bool) -> None:
+def _save(ctx: Any, tensors: tuple[Tensor | None, ...], gates: Tensor, recompute: bool, training: bool) -> None:
     if not training:
         raise RuntimeError(
             f"{NAMESPACE}: gradients were asked for of a call made with training=False; pass training=True"
         )
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
+    ctx.recompute = recompute
     ctx.save_for_backward(*tensors)
 
 
 def _lstm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     result, _, _, c_states, gates = output
-    _save(ctx, (*inputs[:18], result, c_states, gates), gates, inputs[19])
+    _save(ctx, (*inputs[:18], result, c_states, gates), gates, *inputs[19:])
 
 
 def _lstm_gradients(
@@ -190,29 +200,22 @@ def _lstm_gradients(
     saved = ctx.saved_tensors
     grads = (grad_output, grad_h_n, grad_c_n, grad_c_states)
     if torch.is_grad_enabled():
-        return (*_differentiable(_lstm_reference, saved[:18], grads, ctx.needs_input_grad), None, None)
+        return (*_differentiable(_lstm_reference, saved[:18], grads, ctx.needs_input_grad), None, None, None)
     input, h_0, c_0 = saved[:3]
     reset_mask, reset_h, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
     weights = _directions(saved[3:13])
+    states = HiddenStates(output, h_0, len(weights), reset_mask, reset_h, lengths)
+    if ctx.recompute:
+        gates = lstm_gates(without_padding(input, lengths), states.entering, weights)
     _, weight_hh, _, _, weight_hr, _, weight_hh_reverse, _, _, weight_hr_reverse = saved[3:13]
     grad_gates, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = torch.ops.hsm_kernels.lstm_backward.default(
         *grads, c_states, gates, c_0, weight_hh, weight_hr, weight_hh_reverse, weight_hr_reverse,
         reset_mask, reset_c, detach_mask, lengths,
     )  # fmt: skip
-    boundaries = {"reset_mask": reset_mask, "reset_state": reset_h, "lengths": lengths}
     grad_weights, needs = [], ctx.needs_input_grad
     for d, w in enumerate(weights):
         parts = (grad_gates[:, :, d],)
-        grad_weights += _projected_gradients(
-            needs[3 + 5 * d : 7 + 5 * d],
-            parts,
-            parts,
-            input,
-            output.chunk(len(weights), dim=-1)[d],
-            h_0,
-            d,
-            boundaries,
-        )
+        grad_weights += _projected_gradients(needs[3 + 5 * d : 7 + 5 * d], parts, parts, input, states, d)
         needs_hr = w.weight_hr is not None and needs[7 + 5 * d]
         grad_weights.append(_projection_gradient(grad_h, gates, c_states, d) if needs_hr else None)
     grad_input = (
@@ -228,38 +231,39 @@ def _lstm_gradients(
         None,
         grad_reset_h if has_resets else None,
         grad_reset_c if has_resets else None,
-        None, None, None, None,
+        None, None, None, None, None,
     )  # fmt: skip
 
 
 def _gru_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     result, _, gates = output
-    _save(ctx, (*inputs[:14], result, gates), gates, inputs[14])
+    _save(ctx, (*inputs[:14], result, gates), gates, *inputs[14:])
 
 
 def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     grads = (grad_output, grad_h_n)
     if torch.is_grad_enabled():
-        return (*_differentiable(_gru_reference, saved[:14], grads, ctx.needs_input_grad), None)
+        return (*_differentiable(_gru_reference, saved[:14], grads, ctx.needs_input_grad), None, None)
     input, h_0 = saved[:2]
     reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
     weights = _directions(saved[2:10])
+    states = HiddenStates(output, h_0, len(weights), reset_mask, reset_h, lengths)
+    if ctx.recompute:
+        gates = gru_gates(without_padding(input, lengths), states.entering, weights)
     grad_gates, grad_h_0, grad_reset_h = torch.ops.hsm_kernels.gru_backward.default(
         *grads, output, gates, h_0, saved[3], saved[7],
         reset_mask, reset_h, detach_mask, lengths,
     )  # fmt: skip
     hidden = weights[0].weight_hh.size(1)
-    boundaries = {"reset_mask": reset_mask, "reset_state": reset_h, "lengths": lengths}
     grad_weights, needs = [], ctx.needs_input_grad
     for d in range(len(weights)):
         grad = grad_gates[:, :, d]
         input_parts = (grad[..., : 3 * hidden],)
         hidden_parts = (grad[..., : 2 * hidden], grad[..., 3 * hidden :])
         grad_weights += _projected_gradients(
-            needs[2 + 4 * d : 6 + 4 * d], input_parts, hidden_parts, input, output.chunk(len(weights), dim=-1)[d], h_0,
-            d, boundaries,
-        )  # fmt: skip
+            needs[2 + 4 * d : 6 + 4 * d], input_parts, hidden_parts, input, states, d
+        )
     pairs = [(grad_gates[:, :, d, : 3 * hidden], w.weight_ih) for d, w in enumerate(weights)]
     return (
         _input_gradient(pairs) if needs[0] else None,
@@ -268,7 +272,7 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
         *[None] * (8 - len(grad_weights)),
         None,
         grad_reset_h if reset_h is not None else None,
-        None, None, None,
+        None, None, None, None,
     )  # fmt: skip
 
 
@@ -277,10 +281,8 @@ def _projected_gradients(
     input_parts: tuple[Tensor, ...],
     hidden_parts: tuple[Tensor, ...],
     input: Tensor,
-    states: Tensor,
-    h_0: Tensor | None,
+    states: HiddenStates,
     direction: int,
-    boundaries: dict[str, Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients of weight_ih, weight_hh, bias_ih, bias_hh of one direction.
 
@@ -288,18 +290,12 @@ def _projected_gradients(
     cut along the gates where they are not adjacent in memory.
     """
     needs_ih, needs_hh, needs_bias_ih, needs_bias_hh = needs
-    at = {**boundaries, "reset_state": _fallback.at(boundaries["reset_state"], direction)}
     grad_ih = grad_hh = grad_bias_ih = grad_bias_hh = None
     if needs_ih:
-        inputs = without_padding(input, boundaries["lengths"])
+        inputs = without_padding(input, states.lengths)
         grad_ih = _join([weight_gradient(part, inputs) for part in input_parts])
     if needs_hh:
-        grad_hh = _join(
-            [
-                recurrent_weight_gradient(part, states, _fallback.at(h_0, direction), reverse=direction == 1, **at)
-                for part in hidden_parts
-            ]
-        )
+        grad_hh = _join([states.weight_gradient(part, direction) for part in hidden_parts])
     if needs_bias_ih:
         grad_bias_ih = _join([part.sum((0, 1)) for part in input_parts])
     if needs_bias_hh:
@@ -323,9 +319,9 @@ def _projection_gradient(grad_h: Tensor, gates: Tensor, c_states: Tensor, direct
 def _input_gradient(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The gradient of the layer's input, ``(L, N, I)``, from each direction's gate gradients and weight_ih."""
     (grad, weight_ih), *others = pairs
-    total = flat(grad) @ weight_ih
+    total = product(flat(grad), weight_ih)
     for other, weight in others:
-        total = torch.addmm(total, flat(other), weight)
+        total += product(flat(other), weight)
     return total.view(*grad.shape[:2], weight_ih.size(1))
 
 
@@ -387,6 +383,7 @@ _KERNELS: dict[str, tuple[Any, Any, Any, Any]] = {
     "gru_forward": (_gru_forward_fallback, _gru_forward_fake, _gru_gradients, _gru_setup),
     "lstm_backward": (_lstm_backward_fallback, _lstm_backward_fake, _refuse_backward, None),
     "gru_backward": (_gru_backward_fallback, _gru_backward_fake, _refuse_backward, None),
+    "product": (torch.mm, _product_fake, _refuse_backward, None),
 }
 for _name, (_kernel, _fake, _gradients, _setup) in _KERNELS.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -51,6 +51,7 @@ def lstm(
     truncated_bptt_steps: int | None = None,
     lengths: Tensor | None = None,
     return_states: bool = False,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> Any:
     r"""Run a multi-layer LSTM over whole sequences.
@@ -76,6 +77,9 @@ def lstm(
         truncated_bptt_steps: ``k``: also detach at steps k, 2k, ...
         lengths: int ``(N,)``, 0 to L, in any order. Outputs behind a sequence's length are zero.
         return_states: also return ``h`` and ``c`` of every layer, direction and step, ``(D * K, L, N, ..)``.
+        recompute: keep only ``h`` and ``c`` of every step for the backward pass, which computes the gates again, all
+            steps at once: less memory, more time. Results are the same, gradients up to rounding. The reference keeps
+            everything all the same.
         backend: "auto", "cuda", "cpu" or "reference"; None takes the process's choice.
 
     Returns:
@@ -102,7 +106,7 @@ def lstm(
     """
     return _run(
         _LSTM, input, hx, weights, bidirectional, batch_first, dropout, training, reset_mask, reset_hx, detach_mask,
-        truncated_bptt_steps, lengths, return_states, backend,
+        truncated_bptt_steps, lengths, return_states, recompute, backend,
     )  # fmt: skip
 
 
@@ -121,6 +125,7 @@ def gru(
     truncated_bptt_steps: int | None = None,
     lengths: Tensor | None = None,
     return_states: bool = False,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> Any:
     r"""Run a multi-layer GRU over whole sequences.
@@ -145,7 +150,7 @@ def gru(
     """
     return _run(
         _GRU, input, hx, weights, bidirectional, batch_first, dropout, training, reset_mask, reset_hx, detach_mask,
-        truncated_bptt_steps, lengths, return_states, backend,
+        truncated_bptt_steps, lengths, return_states, recompute, backend,
     )  # fmt: skip
 
 
@@ -211,6 +216,7 @@ def _run(
     truncated_bptt_steps: int | None,
     lengths: Tensor | None,
     return_states: bool,
+    recompute: bool,
     backend: str | None,
 ) -> Any:
     if input.dim() not in (2, 3):
@@ -238,9 +244,9 @@ def _run(
     if autocast is not None:
         arguments = _cast(arguments, autocast)
         with torch.autocast(input.device.type, enabled=False):
-            results = _run_layers(kind, arguments, dropout if training else 0.0, return_states, backend)
+            results = _run_layers(kind, arguments, dropout if training else 0.0, return_states, recompute, backend)
     else:
-        results = _run_layers(kind, arguments, dropout if training else 0.0, return_states, backend)
+        results = _run_layers(kind, arguments, dropout if training else 0.0, return_states, recompute, backend)
     return _in_the_layout_of_the_caller(kind, *results, shape, per_layer)
 
 
@@ -266,7 +272,7 @@ class _LayerResult(NamedTuple):
 
 
 def _run_layers(
-    kind: "_Kind", arguments: _Arguments, dropout: float, return_states: bool, backend: str | None
+    kind: "_Kind", arguments: _Arguments, dropout: float, return_states: bool, recompute: bool, backend: str | None
 ) -> tuple[Tensor, list[State], list[State] | None]:
     """Run all layers -> the last one's output, every layer's final state, and every layer's states if asked for."""
     input, layers, states, boundaries = arguments
@@ -277,7 +283,9 @@ def _run_layers(
     for k, weights in enumerate(layers):
         if k > 0 and dropout > 0:
             input = F.dropout(input, dropout, True)
-        result = layer_function(input, states[k], weights, boundaries, boundaries.reset_states[k], return_states)
+        result = layer_function(
+            input, states[k], weights, boundaries, boundaries.reset_states[k], return_states, recompute
+        )
         input = result.output
         finals.append(result.final)
         if result.states is not None:
@@ -292,6 +300,7 @@ def _lstm_op_layer(
     boundaries: _Boundaries,
     reset_state: LayerState,
     return_states: bool,
+    recompute: bool,
 ) -> _LayerResult:
     h_0, c_0 = state or (None, None)
     reset_h, reset_c = reset_state or (None, None)
@@ -299,7 +308,7 @@ def _lstm_op_layer(
     training = _needs_gradient(input, h_0, c_0, *weights[0], *reverse, reset_h, reset_c)
     output, h_n, c_n, c_states, _ = _ops.lstm_forward(
         input, h_0, c_0, *weights[0], *reverse, boundaries.reset_mask, reset_h, reset_c, boundaries.detach_mask,
-        boundaries.lengths, return_states, training,
+        boundaries.lengths, return_states, recompute, training,
     )  # fmt: skip
     states = (_by_direction(output, len(weights)), c_states.permute(2, 0, 1, 3)) if return_states else None
     return _LayerResult(output, (h_n, c_n), states)
@@ -312,6 +321,7 @@ def _gru_op_layer(
     boundaries: _Boundaries,
     reset_state: LayerState,
     return_states: bool,
+    recompute: bool,
 ) -> _LayerResult:
     h_0, reset_h = (
         None if state is None else state[0],
@@ -321,7 +331,7 @@ def _gru_op_layer(
     training = _needs_gradient(input, h_0, *weights[0], *reverse, reset_h)
     output, h_n, _ = _ops.gru_forward(
         input, h_0, *weights[0][:4], *reverse, boundaries.reset_mask, reset_h, boundaries.detach_mask,
-        boundaries.lengths, training,
+        boundaries.lengths, recompute, training,
     )  # fmt: skip
     return _LayerResult(output, (h_n,), (_by_direction(output, len(weights)),) if return_states else None)
 
@@ -333,6 +343,7 @@ def _lstm_reference_layer(
     boundaries: _Boundaries,
     reset_state: LayerState,
     return_states: bool,
+    recompute: bool,
 ) -> _LayerResult:
     gate_rows, hidden_out = weights[0].weight_hh.shape
     h_0, c_0 = state or (None, None)
@@ -357,6 +368,7 @@ def _gru_reference_layer(
     boundaries: _Boundaries,
     reset_state: LayerState,
     return_states: bool,
+    recompute: bool,
 ) -> _LayerResult:
     h_0, reset_h = (
         None if state is None else state[0],

@@ -65,6 +65,7 @@ class _RNN(nn.RNNBase):
         truncated_bptt_steps: int | None = None,
         lengths: Tensor | None = None,
         return_states: bool = False,
+        recompute: bool = False,
     ) -> Any:
         """Run the layers over ``input``.
 
@@ -86,6 +87,7 @@ class _RNN(nn.RNNBase):
             "truncated_bptt_steps": truncated_bptt_steps,
             "lengths": lengths,
             "return_states": return_states,
+            "recompute": recompute,
         }
         return self._run(input, hx, options)
 
@@ -109,7 +111,7 @@ class _RNN(nn.RNNBase):
     def _run_packed(self, packed: PackedSequence, hx: Any, options: dict[str, Any]) -> Any:
         """Run a PackedSequence as padded sequences with lengths, in the order in which it holds them."""
         given = [name for name, value in options.items() if value is not None and value is not False]
-        refused = [name for name in given if name != "truncated_bptt_steps"]
+        refused = [name for name in given if name not in ("truncated_bptt_steps", "recompute")]
         if refused:
             raise ValueError(
                 f"{self.mode}: {', '.join(refused)} cannot be combined with a PackedSequence, whose time axis is "
@@ -130,6 +132,7 @@ class _RNN(nn.RNNBase):
             training=self.training,
             lengths=lengths,
             truncated_bptt_steps=options["truncated_bptt_steps"],
+            recompute=options["recompute"],
         )
         data, _ = torch._VF._pack_padded_sequence(output, lengths, False)
         if unsorted_indices is not None:

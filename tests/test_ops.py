@@ -38,6 +38,8 @@ class Case:
     reset_state: bool = False
     detaches: bool = False
     lengths: bool = False
+    recompute: bool = False
+    density: float = 0.3
     dtype: torch.dtype = torch.float64
     seed: int = 0
 
@@ -70,7 +72,7 @@ class Case:
         self.reset_to = tuple(draw(*shape) for shape in shapes) if self.resets and self.reset_state else none
 
         def mask(wanted: bool) -> Tensor | None:
-            return torch.rand(self.batch, self.steps, generator=generator).t() < 0.3 if wanted else None
+            return torch.rand(self.batch, self.steps, generator=generator).t() < self.density if wanted else None
 
         self.reset_mask, self.detach_mask = mask(self.resets), mask(self.detaches)
         drawn = torch.randint(0, self.steps + 1, (self.batch,), generator=generator)
@@ -87,7 +89,9 @@ class Case:
         flat = [tensor for entry in self.weights for tensor in entry[:per_direction]]
         flat += [None] * (2 * per_direction - len(flat))
         boundaries = (self.reset_mask, *self.reset_to, self.detach_mask, self.length)
-        flags = (True, training) if self.cell == "LSTM" else (training,)
+        flags = (self.recompute, training)
+        if self.cell == "LSTM":
+            flags = (True, *flags)
         return (self.input, *self.state, *flat, *boundaries, *flags)
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -160,6 +164,7 @@ def cases(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype]) -> Case:
         reset_state=draw(st.booleans()),
         detaches=draw(st.booleans()),
         lengths=draw(st.booleans()),
+        recompute=draw(st.booleans()),
         dtype=draw(dtypes),
         seed=draw(st.integers(0, 2**20)),
     )
@@ -183,6 +188,31 @@ def test_other_dtypes_are_as_accurate_as_the_reference(poisoned_memory: None, ca
     grads = case.gradients(ours), exact.gradients(wanted), case.gradients(low)
     for k, (ours_k, wanted_k, low_k) in enumerate(zip(*grads, strict=True)):
         assert_close_to_reference(ours_k, wanted_k, low_k, f"gradient {k}")
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["resets", "detaches", "both"])
+@pytest.mark.parametrize("cell, proj_size", [("LSTM", 0), ("LSTM", 3), ("GRU", 0)])
+def test_many_segments(poisoned_memory: None, cell: str, proj_size: int, kind: str, density: float) -> None:
+    """More segments than slots: every slot goes from one segment to the next, which begins elsewhere."""
+    for seed, (steps, batch, directions) in enumerate([(200, 1, 1), (60, 3, 2), (25, 50, 1)]):
+        for options in ({}, {"lengths": True, "reset_state": True}, {"recompute": True, "lengths": True}):
+            case = Case(
+                cell, steps, batch, hidden=5, proj_size=proj_size, directions=directions, density=density, seed=seed,
+                resets=kind != "detaches", detaches=kind != "resets", **options,
+            )  # fmt: skip
+            ours, wanted = case.forward(), case.by_reference()
+            torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(case.gradients(ours), case.gradients(wanted), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_recomputation_keeps_no_gates(cell: str) -> None:
+    op = OPS.lstm_forward if cell == "LSTM" else OPS.gru_forward
+    kept, dropped = (op(*Case(cell, recompute=recompute).arguments()) for recompute in (False, True))
+    assert kept[-1].shape == (5, 3, 1, 24)
+    assert dropped[-1].shape == (0,)
+    torch.testing.assert_close(kept[:-1], dropped[:-1], rtol=0, atol=0)
 
 
 LARGE = {
@@ -237,6 +267,7 @@ FLAGS = {
     "no bias, no state": {"bias": False, "initial": False},
     "two directions": {"directions": 2},
     "boundaries": {"resets": True, "reset_state": True, "detaches": True, "lengths": True, "directions": 2},
+    "recomputed": {"recompute": True, "resets": True, "lengths": True},
 }
 
 
@@ -247,6 +278,7 @@ def test_opcheck(cell: str, proj_size: int, flags: str) -> None:
     case = Case(cell, proj_size=proj_size, **FLAGS[flags])  # type: ignore[arg-type]
     name = cell.lower()
     torch.library.opcheck(getattr(OPS, f"{name}_forward").default, case.arguments())
+    case.recompute = False  # the backward operator is given the gates either way
     torch.library.opcheck(getattr(OPS, f"{name}_backward").default, backward_arguments(case))
 
 
@@ -324,7 +356,7 @@ def test_instruction_sets(instruction_set: str) -> None:
     """The kernels that this machine would not choose pass the same tests."""
     if os.environ.get("HSM_KERNELS_CPU_ISA"):
         pytest.skip("already runs with a chosen instruction set")
-    chosen = "equals_the_reference or other_dtypes or threads or one_step"
+    chosen = "equals_the_reference or other_dtypes or threads or one_step or segments"
     environment = {**os.environ, "HSM_KERNELS_CPU_ISA": instruction_set}
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen, "-p", "no:cacheprovider"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -364,7 +396,7 @@ def activations(x: Tensor) -> tuple[Tensor, Tensor]:
     hidden, zero = x.numel(), torch.zeros(1, 1, 1)
     weights = (torch.zeros(4 * hidden, 1), torch.zeros(4 * hidden, hidden))
     none = (None,) * 12
-    gates = OPS.lstm_forward(zero, None, None, *weights, x.repeat(4), *none, False, True)[4].flatten()
+    gates = OPS.lstm_forward(zero, None, None, *weights, x.repeat(4), *none, False, False, True)[4].flatten()
     return gates[:hidden], gates[2 * hidden : 3 * hidden]
 
 

@@ -8,7 +8,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> gru_forward(
     Tensor input, MaybeTensor h_0, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih, MaybeTensor bias_hh,
     MaybeTensor weight_ih_reverse, MaybeTensor weight_hh_reverse, MaybeTensor bias_ih_reverse, MaybeTensor bias_hh_reverse,
-    MaybeTensor reset_mask, MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths, bool training) {
+    MaybeTensor reset_mask, MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths, bool recompute,
+    bool training) {
   const char* op = "gru_forward";
   STD_TORCH_CHECK(input.dim() == 3, op, ": input must have shape (L, N, I), got ", text(shape_of(input)));
   const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, {}},
@@ -24,7 +25,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
   const cpu::Plan plan(z, p.boundaries, false);
   p.schedule = plan.schedule();
 
-  Tensor gates = empty(input, {z.steps, z.batch, z.directions, (training ? 4 : 3) * hidden});
+  const bool save_gates = training && !recompute;
+  Tensor gates = empty(input, {z.steps, z.batch, z.directions, (save_gates ? 4 : 3) * hidden});
   const bool direct = takes_input_directly(arguments, input, directions, p);
   if (!direct) project_input(op, input, directions, gates);
   Tensor hidden_gates;
@@ -36,11 +38,11 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
   Tensor h_n = empty(input, {z.directions, z.batch, hidden});
   p.gates = gates.mutable_data_ptr();
   p.gate_columns = gates.size(3);
-  p.save_gates = training;
+  p.save_gates = save_gates;
   p.output = output.mutable_data_ptr();
   p.h_n = h_n.mutable_data_ptr();
   run_on_cpu(cpu::kernels().forward_workspace, cpu::kernels().forward, p);
-  return {output, h_n, training ? gates : empty(input, {0})};
+  return {output, h_n, save_gates ? gates : empty(input, {0})};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gru_backward(

@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
     Tensor input, MaybeTensor h_0, MaybeTensor c_0, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih, MaybeTensor bias_hh,
     MaybeTensor weight_hr, MaybeTensor weight_ih_reverse, MaybeTensor weight_hh_reverse, MaybeTensor bias_ih_reverse,
     MaybeTensor bias_hh_reverse, MaybeTensor weight_hr_reverse, MaybeTensor reset_mask, MaybeTensor reset_h, MaybeTensor reset_c,
-    MaybeTensor detach_mask, MaybeTensor lengths, bool return_states, bool training) {
+    MaybeTensor detach_mask, MaybeTensor lengths, bool return_states, bool recompute, bool training) {
   const char* op = "lstm_forward";
   STD_TORCH_CHECK(input.dim() == 3, op, ": input must have shape (L, N, I), got ", text(shape_of(input)));
   const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, weight_hr},
@@ -35,17 +35,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   }
   Tensor output = empty(input, {z.steps, z.batch, z.directions * static_cast<int64_t>(z.hidden_out)});
   Tensor h_n = empty(input, {z.directions, z.batch, z.hidden_out}), c_n = empty(input, {z.directions, z.batch, z.hidden});
-  const bool keep_c = training || return_states;
+  const bool keep_c = training || return_states, save_gates = training && !recompute;
   Tensor c_states = empty(input, keep_c ? Shape{z.steps, z.batch, z.directions, z.hidden} : Shape{0});
   p.gates = gates.mutable_data_ptr();
   p.gate_columns = gates.size(3);
-  p.save_gates = training;
+  p.save_gates = save_gates;
   p.output = output.mutable_data_ptr();
   p.c_states = keep_c ? c_states.mutable_data_ptr() : nullptr;
   p.h_n = h_n.mutable_data_ptr();
   p.c_n = c_n.mutable_data_ptr();
   run_on_cpu(cpu::kernels().forward_workspace, cpu::kernels().forward, p);
-  return {output, h_n, c_n, c_states, training ? gates : empty(input, {0})};
+  return {output, h_n, c_n, c_states, save_gates ? gates : empty(input, {0})};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(

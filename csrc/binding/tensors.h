@@ -101,19 +101,6 @@ class Arguments {
 
 inline Tensor empty(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
 
-// out = a @ b, by torch's own matrix product.
-inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that was returned
-}
-
-inline Tensor where(const Tensor& condition, const Tensor& yes, const Tensor& no) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(condition), torch::stable::detail::from(yes), torch::stable::detail::from(no)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::where", "self", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // torch's thread pool.
 inline cpu::Threads threads() {
   const auto parallel_for = [](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -122,7 +109,7 @@ inline cpu::Threads threads() {
   return {static_cast<int>(torch::stable::get_num_threads()), parallel_for};
 }
 
-// Runs one pass with a workspace from torch's allocator.
+// Runs one of the kernels with a workspace from torch's allocator.
 template <class Params>
 void run_on_cpu(size_t (*workspace_bytes)(const Params&, const cpu::Threads&), void (*run)(const Params&, const cpu::Threads&, void*),
                 const Params& params) {
@@ -132,6 +119,35 @@ void run_on_cpu(size_t (*workspace_bytes)(const Params&, const cpu::Threads&), v
   Tensor workspace = torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
   const uintptr_t start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   run(params, pool, reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment));
+}
+
+inline bool takes_own_product(const Tensor& a, const Tensor& b, const Tensor& out) {
+  const ScalarType type = a.scalar_type();
+  const bool has_kernel = type == ScalarType::Float || type == ScalarType::Double;
+  const auto has_unit_stride = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
+  return has_kernel && cpu::has_faster_product() && has_unit_stride(a) && has_unit_stride(b) && out.stride(1) == 1;
+}
+
+// out (rows, columns) = a (rows, depth) @ b (depth, columns); by torch where torch is faster.
+inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out) {
+  if (takes_own_product(a, b, out)) {
+    ProductParams p{};
+    p.dtype = scalar_kind("product", a);
+    p.rows = a.size(0), p.columns = b.size(1), p.depth = a.size(1);
+    p.a = a.const_data_ptr(), p.a_row_stride = a.stride(0), p.a_depth_stride = a.stride(1);
+    p.b = b.const_data_ptr(), p.b_depth_stride = b.stride(0), p.b_column_stride = b.stride(1);
+    p.c = out.mutable_data_ptr(), p.c_row_stride = out.stride(0);
+    return run_on_cpu(cpu::kernels().product_workspace, cpu::kernels().product, p);
+  }
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that was returned
+}
+
+inline Tensor where(const Tensor& condition, const Tensor& yes, const Tensor& no) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(condition), torch::stable::detail::from(yes), torch::stable::detail::from(no)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::where", "self", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace binding

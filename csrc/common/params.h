@@ -108,4 +108,17 @@ struct BackwardParams {
   void* grad_reset_c;  // (D, N, H), or null where nothing needs it; LSTM
 };
 
+// C (rows, columns) = A (rows, depth) @ B (depth, columns), float32 or float64. Strides count elements. Of A's two strides one
+// is 1, and of B's; the columns of C are contiguous.
+struct ProductParams {
+  ScalarKind dtype;
+  int64_t rows, columns, depth;
+  const void* a;
+  int64_t a_row_stride, a_depth_stride;
+  const void* b;
+  int64_t b_depth_stride, b_column_stride;
+  void* c;
+  int64_t c_row_stride;
+};
+
 }  // namespace hsm

@@ -91,11 +91,11 @@ class Backward {
     const int d = static_cast<int>(item / (blocks_ + hidden_blocks_));
     const int64_t block = item % (blocks_ + hidden_blocks_), outputs = columns_ * width;
     if (block < blocks_) {
-      pack_straight(static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, depth_, block * outputs, columns_,
+      pack_straight(static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, z_.hidden_out, depth_, block * outputs, columns_,
                     packed_[d] + block * outputs * depth_);
     } else {
       const int64_t first = (block - blocks_) * outputs;
-      pack_straight(static_cast<const T*>(p_.weights[d].weight_hr), z_.hidden, z_.hidden_out, first, columns_,
+      pack_straight(static_cast<const T*>(p_.weights[d].weight_hr), z_.hidden, z_.hidden, z_.hidden_out, first, columns_,
                     packed_hr_[d] + first * z_.hidden_out);
     }
   }

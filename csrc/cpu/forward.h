@@ -92,7 +92,7 @@ class Forward {
     if (block >= blocks_) return pack_projection(d, block - blocks_);
     const int64_t u = block * width;
     for (int g = 0; g < gate_count && packs_; ++g)
-      pack_transposed(static_cast<const T*>(w.weight_hh), z_.hidden_out, g * static_cast<int64_t>(z_.hidden) + u, count(u, z_.hidden),
+      pack_transposed(static_cast<const T*>(w.weight_hh), z_.hidden_out, z_.hidden_out, g * static_cast<int64_t>(z_.hidden) + u, count(u, z_.hidden),
                       gate_count * width, packed_[d] + u * gate_count * z_.hidden_out + g * width);
     pack_bias(d, u);
   }
@@ -101,7 +101,7 @@ class Forward {
     constexpr int outputs = max_columns * width;
     for (int v = 0; v < max_columns; ++v) {
       const int64_t u = block * outputs + v * width;
-      pack_transposed(static_cast<const T*>(p_.weights[d].weight_hr), z_.hidden, u, static_cast<int>(larger(0, count(u, z_.hidden_out))),
+      pack_transposed(static_cast<const T*>(p_.weights[d].weight_hr), z_.hidden, z_.hidden, u, static_cast<int>(larger(0, count(u, z_.hidden_out))),
                       outputs, packed_hr_[d] + block * outputs * z_.hidden + v * width);
     }
   }
@@ -190,7 +190,7 @@ class Forward {
     } else if (p_.hidden_gates) {
       load_product(d, lanes, lane_count, u, product);
     } else {
-      multiply_block<A, gate_count>(lane_count, h_now(k, d, row), out_pad_, packed_[d] + u * gate_count * z_.hidden_out, z_.hidden_out, product);
+      multiply_block<A, gate_count>(lane_count, h_now(k, d, row), out_pad_, 1, packed_[d] + u * gate_count * z_.hidden_out, z_.hidden_out, product);
     }
     for (int r = 0; r < lane_count; ++r) compute_units(k, d, lanes[r], row + r, u, product + r * gate_count * width);
   }
@@ -298,7 +298,8 @@ class Forward {
   void project_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
     constexpr int outputs = max_columns * width;
     alignas(64) A product[max_rows * outputs];
-    multiply_block<A, max_columns>(lane_count, m_at(d, row), hidden_pad_, packed_hr_[d] + block * outputs * z_.hidden, z_.hidden, product);
+    multiply_block<A, max_columns>(lane_count, m_at(d, row), hidden_pad_, 1, packed_hr_[d] + block * outputs * z_.hidden, z_.hidden,
+                                   product);
     for (int r = 0; r < lane_count; ++r)
       for (int64_t u = block * outputs; u < smaller((block + 1) * outputs, out_pad_); u += width)
         emit_hidden(k, lanes[r].step(d == 0), d, lanes[r], row + r, u, load(product + r * outputs + (u - block * outputs)));

@@ -4,6 +4,7 @@
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/kernels.h"
+#include "cpu/product.h"
 
 namespace hsm {
 namespace cpu {
@@ -42,10 +43,33 @@ void run_pass(const Params& params, const Threads& threads, void* workspace) {
   dispatch<Pass>(params, threads, workspace, [](auto& pass) { pass.run(); });
 }
 
+// The same for a product.
+template <class Visit>
+void with_product(const ProductParams& params, const Threads& threads, void* workspace, Visit visit) {
+  if (params.dtype == ScalarKind::float64) {
+    Product<double> product(params, threads, workspace);
+    visit(product);
+  } else {
+    Product<float> product(params, threads, workspace);
+    visit(product);
+  }
+}
+
+inline size_t workspace_of_product(const ProductParams& params, const Threads& threads) {
+  size_t bytes = 0;
+  with_product(params, threads, nullptr, [&](auto& product) { bytes = product.workspace_bytes(); });
+  return bytes;
+}
+
+inline void run_product(const ProductParams& params, const Threads& threads, void* workspace) {
+  with_product(params, threads, workspace, [](auto& product) { product.run(); });
+}
+
 #define HSM_STRING_(name) #name
 #define HSM_STRING(name) HSM_STRING_(name)
 const Kernels table = {HSM_STRING(HSM_ISA), workspace_of<Forward, ForwardParams>, run_pass<Forward, ForwardParams>,
-                       workspace_of<Backward, BackwardParams>, run_pass<Backward, BackwardParams>};
+                       workspace_of<Backward, BackwardParams>, run_pass<Backward, BackwardParams>,
+                       workspace_of_product, run_product};
 
 }  // namespace HSM_ISA
 }  // namespace cpu

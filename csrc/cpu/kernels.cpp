@@ -33,5 +33,21 @@ const Kernels& kernels() {
   return chosen;
 }
 
+bool has_faster_product() {
+  static const bool faster = [] {
+    if (const char* wanted = std::getenv("HSM_KERNELS_CPU_PRODUCT")) {
+      if (std::strcmp(wanted, "own") == 0) return true;
+      if (std::strcmp(wanted, "torch") == 0) return false;
+      throw std::runtime_error(std::string("hsm_kernels: HSM_KERNELS_CPU_PRODUCT must be own or torch, got ") + wanted);
+    }
+#ifdef __x86_64__
+    return &kernels() == &avx512::table && !__builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+  }();
+  return faster;
+}
+
 }  // namespace cpu
 }  // namespace hsm

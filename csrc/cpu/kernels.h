@@ -17,10 +17,16 @@ struct Kernels {
   void (*forward)(const ForwardParams&, const Threads&, void* workspace);
   size_t (*backward_workspace)(const BackwardParams&, const Threads&);
   void (*backward)(const BackwardParams&, const Threads&, void* workspace);
+  size_t (*product_workspace)(const ProductParams&, const Threads&);
+  void (*product)(const ProductParams&, const Threads&, void* workspace);
 };
 
 // The best kernels for this machine, or those that HSM_KERNELS_CPU_ISA=portable|avx2|avx512 names. Throws if they cannot run.
 const Kernels& kernels();
+
+// Whether Kernels::product is faster than torch's own product, which is MKL's on x86-64: on CPUs of other makers than Intel MKL
+// takes instructions that reach half the speed or less. HSM_KERNELS_CPU_PRODUCT=own|torch decides otherwise.
+bool has_faster_product();
 
 namespace portable {
 extern const Kernels table;

@@ -19,8 +19,10 @@ constexpr int max_rows = 2;
 constexpr int max_columns = 4;
 
 // The sums run in the same order whatever the number of rows: a sequence gives the same bits in any batch.
+// Element k of row r of the states is state[r * row_stride + k * depth_stride].
 template <class A, int rows, int columns>
-HSM_INLINE void multiply_rows(const A* state, int64_t state_stride, const A* packed, int64_t depth, A* result) {
+HSM_INLINE void multiply_rows(
+    const A* state, int64_t row_stride, int64_t depth_stride, const A* packed, int64_t depth, A* result) {
   constexpr int width = lanes<A>();
   Vector<A> sums[rows][columns];
 #pragma GCC unroll 8
@@ -33,7 +35,7 @@ HSM_INLINE void multiply_rows(const A* state, int64_t state_stride, const A* pac
     for (int v = 0; v < columns; ++v) memcpy(&weights[v], packed + (k * columns + v) * width, sizeof(Vector<A>));
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const A value = state[r * state_stride + k];
+      const A value = state[r * row_stride + k * depth_stride];
 #pragma GCC unroll 4
       for (int v = 0; v < columns; ++v) sums[r][v] += weights[v] * value;
     }
@@ -45,16 +47,17 @@ HSM_INLINE void multiply_rows(const A* state, int64_t state_stride, const A* pac
 }
 
 template <class A, int columns>
-void multiply_block(int rows, const A* state, int64_t state_stride, const A* packed, int64_t depth, A* result) {
+void multiply_block(
+    int rows, const A* state, int64_t row_stride, int64_t depth_stride, const A* packed, int64_t depth, A* result) {
   static_assert(max_rows <= 6, "the switch below lists every number of rows");
   switch (rows) {
-    case 1: return multiply_rows<A, 1, columns>(state, state_stride, packed, depth, result);
-    case 2: return multiply_rows<A, 2, columns>(state, state_stride, packed, depth, result);
+    case 1: return multiply_rows<A, 1, columns>(state, row_stride, depth_stride, packed, depth, result);
+    case 2: return multiply_rows<A, 2, columns>(state, row_stride, depth_stride, packed, depth, result);
 #if HSM_VECTOR_REGISTERS >= 32
-    case 3: return multiply_rows<A, 3, columns>(state, state_stride, packed, depth, result);
-    case 4: return multiply_rows<A, 4, columns>(state, state_stride, packed, depth, result);
-    case 5: return multiply_rows<A, 5, columns>(state, state_stride, packed, depth, result);
-    case 6: return multiply_rows<A, 6, columns>(state, state_stride, packed, depth, result);
+    case 3: return multiply_rows<A, 3, columns>(state, row_stride, depth_stride, packed, depth, result);
+    case 4: return multiply_rows<A, 4, columns>(state, row_stride, depth_stride, packed, depth, result);
+    case 5: return multiply_rows<A, 5, columns>(state, row_stride, depth_stride, packed, depth, result);
+    case 6: return multiply_rows<A, 6, columns>(state, row_stride, depth_stride, packed, depth, result);
 #endif
   }
 }
@@ -64,10 +67,10 @@ template <class A>
 HSM_INLINE void multiply_tile(
     int rows, int columns, const A* state, int64_t state_stride, const A* packed, int64_t depth, A* result) {
   switch (columns) {
-    case 1: return multiply_block<A, 1>(rows, state, state_stride, packed, depth, result);
-    case 2: return multiply_block<A, 2>(rows, state, state_stride, packed, depth, result);
-    case 3: return multiply_block<A, 3>(rows, state, state_stride, packed, depth, result);
-    case 4: return multiply_block<A, 4>(rows, state, state_stride, packed, depth, result);
+    case 1: return multiply_block<A, 1>(rows, state, state_stride, 1, packed, depth, result);
+    case 2: return multiply_block<A, 2>(rows, state, state_stride, 1, packed, depth, result);
+    case 3: return multiply_block<A, 3>(rows, state, state_stride, 1, packed, depth, result);
+    case 4: return multiply_block<A, 4>(rows, state, state_stride, 1, packed, depth, result);
   }
 }
 
@@ -103,31 +106,31 @@ void multiply_unpacked(const A* state, const T* w, int64_t depth, int rows, A* p
   for (; j < rows; ++j) multiply_rows_unpacked<1>(state, w + j * depth, depth, products + j);
 }
 
-// Packs rows of W (outputs, depth) as one vector of outputs per column of W: sums run over the columns, states @ W^T. The rows
-// are `first` and the ones behind it, up to `count`, at column k the vector `packed + k * stride`.
+// Packs rows of W (outputs, depth) as one vector of outputs per column of W: sums run over the columns, states @ W^T. The rows,
+// `row_stride` apart, are `first` and the ones behind it, up to `count`, at column k the vector `packed + k * stride`.
 template <class T, class A>
-void pack_transposed(const T* w, int64_t depth, int64_t first, int count, int64_t stride, A* packed) {
+void pack_transposed(const T* w, int64_t row_stride, int64_t depth, int64_t first, int count, int64_t stride, A* packed) {
   constexpr int width = lanes<A>();
   T square[width][width];
-  const T* rows = w + first * depth;
+  const T* rows = w + first * row_stride;
   for (int64_t k = 0; k < depth; k += width) {
     // A square of `width` rows and columns at a time, so that every line of memory is touched once.
     const int columns = static_cast<int>(smaller(width, depth - k));
     for (int j = 0; j < width; ++j)
-      for (int c = 0; c < width; ++c) square[c][j] = j < count && c < columns ? rows[j * depth + k + c] : T();
+      for (int c = 0; c < width; ++c) square[c][j] = j < count && c < columns ? rows[j * row_stride + k + c] : T();
     for (int c = 0; c < columns; ++c) store<A>(load(square[c]), packed + (k + c) * stride);
   }
 }
 
-// Packs the columns `first` and the ones behind it, `columns` vectors of them, of W (depth, outputs): sums run over the rows of
-// W, gradients @ W.
+// Packs the columns `first` and the ones behind it, `columns` vectors of them, of W (depth, outputs), whose rows are `row_stride`
+// apart: sums run over the rows of W, gradients @ W.
 template <class T, class A>
-void pack_straight(const T* w, int64_t outputs, int64_t depth, int64_t first, int columns, A* packed) {
+void pack_straight(const T* w, int64_t row_stride, int64_t outputs, int64_t depth, int64_t first, int columns, A* packed) {
   constexpr int width = lanes<A>();
   for (int64_t k = 0; k < depth; ++k)
     for (int v = 0; v < columns; ++v) {
       const int64_t at = first + v * width;
-      const Vector<A> vector = at < outputs ? load(w + k * outputs + at, static_cast<int>(smaller(width, outputs - at))) : Vector<A>{};
+      const Vector<A> vector = at < outputs ? load(w + k * row_stride + at, static_cast<int>(smaller(width, outputs - at))) : Vector<A>{};
       store(vector, packed + (k * columns + v) * width);
     }
 }
