@@ -13,6 +13,13 @@ from . import _ops, functional, reference  # noqa: E402, F401
 from ._backend import get_backend, set_backend, use_backend  # noqa: E402
 from ._conversion import Conversion, convert, from_torch, to_torch  # noqa: E402
 from ._explain import explain  # noqa: E402
+from .masks import (  # noqa: E402
+    detach_mask_every,
+    reset_mask_from_cu_seqlens,
+    reset_mask_from_dones,
+    reset_mask_from_lengths,
+    reset_mask_from_segment_ids,
+)
 from .modules import GRU, LSTM, GRUCell, LSTMCell  # noqa: E402
 
 __version__ = description.VERSION
@@ -25,11 +32,16 @@ __all__ = [
     "LSTMCell",
     "build_info",
     "convert",
+    "detach_mask_every",
     "explain",
     "from_torch",
     "functional",
     "get_backend",
     "reference",
+    "reset_mask_from_cu_seqlens",
+    "reset_mask_from_dones",
+    "reset_mask_from_lengths",
+    "reset_mask_from_segment_ids",
     "set_backend",
     "to_torch",
     "use_backend",
