@@ -9,7 +9,7 @@ from ._library import build_info
 
 _library.load()
 
-from . import _ops, functional, reference  # noqa: E402, F401
+from . import _ops, functional, reference, state  # noqa: E402, F401
 from ._backend import get_backend, set_backend, use_backend  # noqa: E402
 from ._conversion import Conversion, convert, from_torch, to_torch  # noqa: E402
 from ._explain import explain  # noqa: E402
@@ -43,6 +43,7 @@ __all__ = [
     "reset_mask_from_lengths",
     "reset_mask_from_segment_ids",
     "set_backend",
+    "state",
     "to_torch",
     "use_backend",
 ]
