@@ -21,6 +21,7 @@ from .masks import (  # noqa: E402
     reset_mask_from_segment_ids,
 )
 from .modules import GRU, LSTM, GRUCell, LSTMCell  # noqa: E402
+from .stateful import InitialState, Stateful  # noqa: E402
 
 __version__ = description.VERSION
 
@@ -29,7 +30,9 @@ __all__ = [
     "LSTM",
     "Conversion",
     "GRUCell",
+    "InitialState",
     "LSTMCell",
+    "Stateful",
     "build_info",
     "convert",
     "detach_mask_every",
