@@ -44,8 +44,9 @@ def assert_mask(mask: Tensor, wanted: list[list[bool]], steps: int, layout: str)
 
 @given(st.data(), layouts, sizes, st.sampled_from([torch.bool, torch.uint8, torch.int64, torch.bfloat16]))
 def test_dones(data: st.DataObject, layout: str, steps: int, dtype: torch.dtype) -> None:
-    dones = data.draw(st.composite(rows)(layout, st.integers(0, 1 if dtype == torch.bool else 2), steps))
-    before = data.draw(st.none() | st.booleans() | st.lists(st.booleans(), min_size=len(dones), max_size=len(dones)))
+    flags = st.integers(0, 1 if dtype == torch.bool else 2)
+    dones = data.draw(st.composite(rows)(layout, flags, steps))
+    before = data.draw(st.none() | st.booleans() | st.lists(flags, min_size=len(dones), max_size=len(dones)))
     firsts = before if isinstance(before, list) else [bool(before)] * len(dones)
     wanted = [[bool(d) for d in (first, *row)][:steps] for first, row in zip(firsts, dones, strict=True)]
     given_dones = laid_out(dones, steps, layout, dtype)

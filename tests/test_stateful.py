@@ -396,7 +396,7 @@ def test_inference_then_training(rnn: nn.Module) -> None:
 def test_initial_made_in_inference_mode(ours: nn.Module) -> None:
     x = steps()
     with torch.inference_mode():
-        stream = hsm.Stateful(ours, random_state(ours, 1))
+        stream = hsm.Stateful(ours, random_state(ours, BATCH))
         other = hsm.Stateful(ours)
         other.set_state(random_state(ours, BATCH))
     stream(x)[0].sum().backward()
