@@ -39,9 +39,9 @@ def main(arguments: list[str]) -> None:
 
 def draw() -> Figure:
     """The whole picture."""
-    figure = Figure(figsize=(11.4, 5.5))
+    figure = Figure(figsize=(11.5, 5.5))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_xlim(-3.55, 11.85)
+    axes.set_xlim(-3.75, 11.9)
     axes.set_ylim(-1.85, 5.55)
     axes.set_axis_off()
     for edge in range(STEPS):
