@@ -10,9 +10,7 @@ See README.md beside this file for what is measured and how to read it.
 
 import argparse
 import math
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from agreement import LARGEST_DIFFERENCE, largest_distance
 from cases import DTYPES, Case, check_cases, full_cases, make_problem, quick_cases
 from peers import OURS, PEERS, Peer
 from plots import draw
@@ -27,26 +26,26 @@ from results import (
     MEASURES,
     Results,
     Row,
-    Spread,
     compare,
     describe_machine,
     format_changes,
     format_means,
     format_rows,
+    spread_of,
+    warn_of_load,
 )
 from timing import (
     Contender,
     Effort,
+    default_threads,
     gemm_flops_per_second,
     measure,
     merged,
     nested,
     ratio,
+    share_time,
     torch_threads,
 )
-from torch import Tensor
-from torch.utils.benchmark import Measurement
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,6 @@ MODES = {
     ),
 }
 
-# Relative distance between two results, each with its own rounding; far below any real mistake.
-LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 5e-2}
-
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line (``sys.argv`` if ``arguments`` is None)."""
@@ -110,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         before, after = options.compare
         return report_changes(before, after, options.by, options.threshold)
     mode = MODES[options.mode]
-    threads = options.threads or sorted({1, min(2, len(os.sched_getaffinity(0)))})
+    threads = options.threads or default_threads()
     chosen = [case for count in threads for case in mode.cases(count) if options.only in str(case)]
     if not chosen:
         raise SystemExit(f"bench_rnn: --only {options.only!r} leaves no row of --{options.mode}")
@@ -121,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.rows.append(row)
         results.save(path)  # each time, so that a long run that is cut off is not lost
     report(results, path)
-    warn_of_load(results, len(chosen) - len(results.rows))
+    warn_of_load("bench_rnn", results.machine, len(chosen) - len(results.rows))
     return complain_of_differences(results.rows)
 
 
@@ -137,13 +133,7 @@ def measure_all(cases: list[Case], mode: Mode) -> Iterator[Row]:
         (dtype, threads): gemm_flops_per_second(DTYPES[dtype], threads, mode.gemm_seconds) / 1e9
         for dtype, threads in kinds
     }
-    end = time.monotonic() + mode.seconds
-    progress = tqdm(cases, unit="row")
-    for done, case in enumerate(progress):
-        left = (end - time.monotonic()) / (len(cases) - done)
-        if left < 0:
-            break
-        progress.set_description(str(case))
+    for case, left in share_time(cases, mode.seconds):
         with torch_threads(case.threads):
             speed = gemm_speeds[case.dtype, case.threads]
             row = measure_row(case, speed, mode.effort.within(left))
@@ -185,26 +175,10 @@ def differences(contenders: list[Contender]) -> dict[str, float]:
         with contender.context():
             outputs[contender.name] = contender.run()
     return {
-        name: max(map(relative_distance, peer, outputs[OURS]))
+        name: largest_distance(peer, outputs[OURS])
         for name, peer in outputs.items()
         if name != OURS
     }
-
-
-def relative_distance(a: Tensor, b: Tensor) -> float:
-    """``|a - b| / |a|`` in the Euclidean norm; NaN counts as infinitely far."""
-    a, b = a.double(), b.double()
-    distance = float((a - b).norm() / a.norm())
-    return math.inf if math.isnan(distance) else distance
-
-
-def spread_of(measurement: Measurement, scale: float = 1.0) -> Spread:
-    """Median and quartiles of a measurement."""
-    quartiles = torch.tensor(measurement.times, dtype=torch.float64).quantile(
-        torch.tensor([0.25, 0.75], dtype=torch.float64)
-    )
-    low, high = (scale * quartiles).tolist()
-    return Spread(scale * measurement.median, low, high)
 
 
 def report(results: Results, path: Path) -> None:
@@ -216,19 +190,6 @@ def report(results: Results, path: Path) -> None:
         picture = path.with_name(f"{path.stem}-{dtype}.png")
         draw(results, dtype, picture)
         print(f"saved {picture}")
-
-
-def warn_of_load(results: Results, rows_left_out: int) -> None:
-    """Say so where a busy machine took rows away or makes the rest doubtful."""
-    load, cores = results.machine["load_at_start"], results.machine["cores"]
-    if rows_left_out:
-        print(f"bench_rnn: the time was over: {rows_left_out} rows are left out", file=sys.stderr)
-    if load > cores / 2:
-        print(
-            f"bench_rnn: the machine was busy (load {load} on {cores} cores): ratios on several "
-            "threads tell little, times nothing",
-            file=sys.stderr,
-        )
 
 
 def complain_of_differences(rows: list[Row]) -> int:

@@ -54,23 +54,26 @@ class Problem:
     output_gradient: Tensor
 
 
-def make_problem(case: Case) -> Problem:
+def make_problem(case: Case, *, bidirectional: bool = False) -> Problem:
     """The problem of ``case``; equal for equal cases."""
     torch.manual_seed(0)
     dtype = DTYPES[case.dtype]
-    torch_nn = getattr(nn, case.op)(case.hidden, case.hidden).to(dtype)
-    ours = getattr(hsm, case.op)(case.hidden, case.hidden).to(dtype)
+    torch_nn, ours = (
+        getattr(library, case.op)(case.hidden, case.hidden, bidirectional=bidirectional).to(dtype)
+        for library in (nn, hsm)
+    )
     ours.load_state_dict(torch_nn.state_dict())
     for module in (ours, torch_nn):
         module.train(case.kind == "training")
-    h = torch.randn(1, case.batch, case.hidden).tanh().to(dtype)
+    directions = 2 if bidirectional else 1
+    h = torch.randn(directions, case.batch, case.hidden).tanh().to(dtype)
     return Problem(
         case=case,
         ours=ours,
         torch_nn=torch_nn,
         input=torch.randn(case.length, case.batch, case.hidden).to(dtype),
         state=(h, h.clone()) if case.op == "LSTM" else h,
-        output_gradient=torch.randn(case.length, case.batch, case.hidden).to(dtype),
+        output_gradient=torch.randn(case.length, case.batch, directions * case.hidden).to(dtype),
     )
 
 

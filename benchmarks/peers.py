@@ -36,7 +36,7 @@ def module_call(module: nn.RNNBase, problem: Problem) -> Call:
     the input and of all weights.
     """
     if problem.case.kind == "training":
-        return _training_call(module, problem)
+        return training_call(lambda sequence: module(sequence)[0], module, problem)
     if problem.case.kind == "step":
         return _step_call(module, problem)
     return lambda: (module(problem.input)[0],)
@@ -50,12 +50,15 @@ def _step_call(module: nn.RNNBase, problem: Problem) -> Call:
     return call
 
 
-def _training_call(module: nn.RNNBase, problem: Problem) -> Call:
+def training_call(
+    forward: Callable[[Tensor], Tensor], module: nn.RNNBase, problem: Problem
+) -> Call:
+    """A call of ``forward``, input -> output, and the gradients of the input and of ``module``."""
     sequence = problem.input.clone().requires_grad_()
     wanted = (sequence, *module.parameters())
 
     def call() -> tuple[Tensor, ...]:
-        output, _ = module(sequence)
+        output = forward(sequence)
         return output.detach(), *torch.autograd.grad(output, wanted, problem.output_gradient)
 
     return call

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from peers import OURS, TORCH, TORCH_WITHOUT_ONEDNN
@@ -41,9 +42,13 @@ def draw(results: Results, dtype: str, path: Path) -> None:
 
 
 def _title(results: Results, dtype: str) -> str:
-    machine = results.machine
+    what = f"Maps: torch.nn time / hsm_kernels time, {dtype}, input size = H"
+    return f"{what}\n{machine_in_short(results.machine)}"
+
+
+def machine_in_short(machine: dict[str, Any]) -> str:
+    """The line about the machine under a picture's title."""
     return (
-        f"Maps: torch.nn time / hsm_kernels time, {dtype}, input size = H\n"
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, "
         f"{machine['date'][:10]}"
     )

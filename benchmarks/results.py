@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from cases import Case
 from peers import OURS, TORCH
+from torch.utils.benchmark import Measurement
 
 import hsm_kernels as hsm
 
@@ -28,6 +30,19 @@ class Spread:
     median: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        """The median, and the quartiles in brackets."""
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def spread_of(measurement: Measurement, scale: float = 1.0) -> Spread:
+    """Median and quartiles of a measurement."""
+    quartiles = torch.tensor(measurement.times, dtype=torch.float64).quantile(
+        torch.tensor([0.25, 0.75], dtype=torch.float64)
+    )
+    low, high = (scale * quartiles).tolist()
+    return Spread(scale * measurement.median, low, high)
 
 
 @dataclass(frozen=True)
@@ -73,13 +88,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write a JSON file."""
-        data = {
-            "format": FORMAT,
-            "machine": self.machine,
-            "rows": [row.to_json() for row in self.rows],
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        save(path, self.machine, [row.to_json() for row in self.rows])
 
     @classmethod
     def load(cls, path: Path) -> "Results":
@@ -91,6 +100,13 @@ class Results:
                 "measure again with this version"
             )
         return cls(data["machine"], [Row.from_json(row) for row in data["rows"]])
+
+
+def save(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the rows of any benchmark to a JSON file."""
+    data = {"format": FORMAT, "machine": machine, "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 # The machine
@@ -113,6 +129,19 @@ def describe_machine() -> dict[str, Any]:
         "commit": _commit(),
         "build": f"{build.how}; {build.compiler}; {_without_paths(build.flags)}",
     }
+
+
+def warn_of_load(program: str, machine: dict[str, Any], rows_left_out: int) -> None:
+    """Say so where a busy machine took rows away or makes the rest doubtful."""
+    load, cores = machine["load_at_start"], machine["cores"]
+    if rows_left_out:
+        print(f"{program}: the time was over: {rows_left_out} rows are left out", file=sys.stderr)
+    if load > cores / 2:
+        print(
+            f"{program}: the machine was busy (load {load} on {cores} cores): ratios on several "
+            "threads tell little, times nothing",
+            file=sys.stderr,
+        )
 
 
 def _processor() -> str:
@@ -156,13 +185,7 @@ def format_row(row: Row, peers: list[str]) -> str:
         f"{case.batch:3} {case.hidden:4} {row.milliseconds[OURS].median:9.4f} "
         f"{row.share_of_gemm:8.1%}"
     )
-    return line + "".join(f"  {_format_spread(row.ratio.get(peer)):>27}" for peer in peers)
-
-
-def _format_spread(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
+    return line + "".join(f"  {row.ratio.get(peer, '-')!s:>27}" for peer in peers)
 
 
 def peer_names(rows: list[Row]) -> list[str]:

@@ -1,11 +1,17 @@
 """Interleaved timing with torch.utils.benchmark, and the peak of matrix multiplication."""
 
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch.utils.benchmark import Measurement, Timer
+from tqdm import tqdm
+
+AnyCase = TypeVar("AnyCase")
 
 GEMM_SIZE = 1536
 LONGEST_BLOCK = 10_000  # calls
@@ -52,7 +58,7 @@ def measure(
         with contender.context():
             once = _seconds_per_call(timers[contender.name])
         calls[contender.name] = _calls_per_block(once, effort)
-        # Timer runs two warm-up calls, or one in a hundred, before each block.
+        # Timer runs up to two warm-up calls, or one in a hundred, before each block.
         round_seconds += once * (calls[contender.name] + 2)
     rounds = int(effort.row_seconds / round_seconds)
     rounds = max(effort.fewest_rounds, min(effort.most_rounds, rounds))
@@ -62,7 +68,7 @@ def measure(
         for i in range(len(contenders)):
             contender = contenders[(start + i) % len(contenders)]
             with contender.context():
-                block = timers[contender.name].timeit(calls[contender.name])
+                block = _block(timers[contender.name], calls[contender.name])
             blocks[contender.name].append(block)
     return blocks
 
@@ -78,6 +84,18 @@ def ratio(peer: list[Measurement], ours: list[Measurement]) -> Measurement:
     return Measurement(number_per_run=1, raw_times=ratios, task_spec=ours[0].task_spec)
 
 
+def share_time(cases: Sequence[AnyCase], seconds: float) -> Iterator[tuple[AnyCase, float]]:
+    """Each case with its share of the seconds that are left, until they are over; shows progress."""
+    end = time.monotonic() + seconds
+    progress = tqdm(cases, unit="row")
+    for done, case in enumerate(progress):
+        left = (end - time.monotonic()) / (len(cases) - done)
+        if left < 0:
+            break
+        progress.set_description(str(case))
+        yield case, left
+
+
 def gemm_flops_per_second(dtype: torch.dtype, threads: int, seconds: float) -> float:
     """The speed that torch.mm reaches on large square matrices: the practical limit."""
     a, b, out = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(3))
@@ -86,6 +104,11 @@ def gemm_flops_per_second(dtype: torch.dtype, threads: int, seconds: float) -> f
     with torch.inference_mode():
         blocks = measure([contender], threads, effort)["gemm"]
     return 2 * GEMM_SIZE**3 / merged(blocks).median
+
+
+def default_threads() -> list[int]:
+    """The thread counts to measure with: 1, and 2 where there are two cores."""
+    return sorted({1, min(2, len(os.sched_getaffinity(0)))})
 
 
 @contextmanager
@@ -106,6 +129,11 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _block(timer: Timer, calls: int) -> Measurement:
+    """One block; a call that fills it alone gets one warm-up call, not the two of ``timeit``."""
+    return timer.blocked_autorange(min_run_time=0) if calls == 1 else timer.timeit(calls)
 
 
 def _seconds_per_call(timer: Timer) -> float:
