@@ -20,7 +20,7 @@ PYTEST := cd tests && $(abspath $(BIN))/python -m pytest
 NEEDS_LIBRARY := test_abi.py test_build.py test_jit.py
 SOURCES := $(shell find hsm_kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test lint test-wheel test-none test-jit test-versions bench bench-full clean
+.PHONY: demo test lint test-wheel test-none test-jit test-versions bench bench-full bench-boundaries clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed
@@ -61,6 +61,9 @@ bench: $(VENV)/installed
 
 bench-full: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_rnn.py --full $(ARGS)
+
+bench-boundaries: $(VENV)/installed
+	$(BIN)/python benchmarks/bench_boundaries.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -80,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     mode = MODES[options.mode]
     if not has_recompute():
         print("bench_boundaries: the modules have no recompute option: no memory rows")
-    cases = all_cases(mode.sizes, options.threads or default_threads())
+    threads = options.threads or default_threads()
+    cases = [case for count in threads for case in all_cases(mode.sizes, count)]
     chosen = [case for case in cases if options.only in str(case)]
     if not chosen:
         raise SystemExit(f"bench_boundaries: --only {options.only!r} leaves no row")

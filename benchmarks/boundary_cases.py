@@ -128,14 +128,13 @@ RESET_TARGETS = {
 RECOMPUTE_TIME, RECOMPUTE_BYTES = Target("at most", 1.35), Target("at most", 0.45)
 
 
-def all_cases(sizes: Sizes, threads: Sequence[int]) -> list[BoundaryCase]:
-    """All rows, those that are only for information last."""
+def all_cases(sizes: Sizes, threads: int) -> list[BoundaryCase]:
+    """All rows for a thread count, those that are only for information last."""
 
     def rows(topic: str, size: Size, plan: Callable[..., Plan], **options: Any) -> None:
         length, batch, hidden = size
-        for count in threads:
-            for case in grid("training", [length], [batch], [hidden], "float32", count):
-                cases.append(BoundaryCase(topic, case, partial(plan, **options)))
+        for case in grid("training", [length], [batch], [hidden], "float32", threads):
+            cases.append(BoundaryCase(topic, case, partial(plan, **options)))
 
     cases: list[BoundaryCase] = []
     k, p = sizes.detach_steps, sizes.p
@@ -145,10 +144,10 @@ def all_cases(sizes: Sizes, threads: Sequence[int]) -> list[BoundaryCase]:
         rows(f"truncated every {k}", size, truncated, steps=k, target=target)
     for size, backward_target in sizes.backward.items():
         rows("backward alone", size, backward_alone, steps=k, target=backward_target)
-    rows("lengths", sizes.resets, lengths)
     if has_recompute():
         for size in sizes.memory:
             rows("memory", size, memory)
+    rows("lengths", sizes.resets, lengths)
     for where, other in {"p=0.1": 0.1, "everywhere": 1.0, "nowhere": 0.0}.items():
         rows(f"resets {where}", sizes.resets, resets, p=other, peers=("union split",))
     both = {"peers": ("split and pack",), "bidirectional": True}

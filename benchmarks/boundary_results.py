@@ -131,18 +131,18 @@ def draw(machine: dict[str, Any], rows: list[BoundaryRow], path: Path) -> None:
 def _draw_panel(axes: Axes, panel: dict[str, Finding], labels: list[str]) -> None:
     axes.set_xscale("log")
     for label, finding in panel.items():
-        y, ratio = labels.index(label), finding.ratio.median
+        y, ratio, target = labels.index(label), finding.ratio.median, finding.comparison.target
         axes.barh(y, ratio - 1, left=1, color=COLORS[finding.verdict], height=0.7)
+        if target:
+            axes.plot(target.ratio, y, "|", color="black", markersize=9, markeredgewidth=2)
         axes.annotate(
             f"{ratio:.2f}",
-            (max(ratio, 1), y),
-            xytext=(3, 0),
+            (max(ratio, 1, target.ratio if target else 1), y),
+            xytext=(4, 0),
             textcoords="offset points",
             va="center",
             fontsize=6,
         )
-        if target := finding.comparison.target:
-            axes.plot(target.ratio, y, "|", color="black", markersize=9, markeredgewidth=2)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels, fontsize=6)
     axes.set_ylim(len(labels) - 0.5, -0.5)
