@@ -51,7 +51,7 @@ MODES = {
     "quick": Mode(
         QUICK,
         Effort(block_seconds=0.02, row_seconds=2.0, fewest_rounds=3, most_rounds=15),
-        seconds=220.0,
+        seconds=200.0,
     ),
     "check": Mode(
         CHECK,
