@@ -7,6 +7,7 @@ from typing import Any
 
 from boundary_cases import BoundaryCase, Comparison
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 from plots import machine_in_short, plt
 from results import Spread
 
@@ -130,6 +131,10 @@ def draw(machine: dict[str, Any], rows: list[BoundaryRow], path: Path) -> None:
 
 def _draw_panel(axes: Axes, panel: dict[str, Finding], labels: list[str]) -> None:
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="x", labelsize=7)
     for label, finding in panel.items():
         y, ratio, target = labels.index(label), finding.ratio.median, finding.comparison.target
         axes.barh(y, ratio - 1, left=1, color=COLORS[finding.verdict], height=0.7)
