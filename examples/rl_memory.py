@@ -310,9 +310,7 @@ class Trainer:
     def act(self, observation: Tensor) -> tuple[Tensor, Tensor, State]:
         """Log-probabilities (N, cues), values (N,) and the next state; ``self`` stays as it is."""
         no_dones = torch.zeros_like(self.first)[None]  # the end of a rollout of one step comes after it
-        log_probabilities, values, state = self.agent(
-            self.run, observation[None], self.state, no_dones, self.first
-        )
+        log_probabilities, values, state = self.agent(self.run, observation[None], self.state, no_dones, self.first)
         return log_probabilities[0], values[0], state
 
     @torch.no_grad()
@@ -335,9 +333,8 @@ class Trainer:
 
     def replay(self, run: Run, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The loss of ``rollout``, and the log-probabilities (L, N) of its actions, by the present weights."""
-        log_probabilities, values, _ = self.agent(
-            run, rollout.observations, rollout.state, rollout.dones, rollout.first
-        )
+        observations, state, dones, first = rollout.observations, rollout.state, rollout.dones, rollout.first
+        log_probabilities, values, _ = self.agent(run, observations, state, dones, first)
         return ppo_loss(log_probabilities, values, rollout), choose(log_probabilities, rollout.actions)
 
     def timed_pass(self, run: Run, rollout: Rollout) -> tuple[float, float, Tensor]:
