@@ -443,8 +443,8 @@ def test_dtype_and_device(rnn: nn.Module) -> None:
 def test_autocast(name: str) -> None:
     """In and out of autocast, with inputs of either dtype, and back by set_state what a call returned."""
     rnn = build(name)
-    stream = hsm.Stateful(rnn, learned(rnn))
-    x = steps()
+    initial, x = learned(rnn), steps()
+    stream = hsm.Stateful(rnn, initial)
     with torch.autocast("cpu", torch.bfloat16):
         _, hx_n = stream(x)
         stream.reset(MASK)
@@ -455,10 +455,11 @@ def test_autocast(name: str) -> None:
             stream(x.bfloat16())
             stream.set_state(hx_n)
             assert_same_bits(stream.state, state.to(hx_n, torch.float32))
+        stream(x)
     stream.reset(MASK)
     output, _ = stream(x)
     assert output.dtype == torch.float32
-    stream(x)
+    assert_close(output[:, MASK], rnn(x[:, MASK], initial(2))[0])  # not rounded to what autocast left
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
