@@ -12,7 +12,7 @@ if their losses do not coincide over the first updates, if either stays near the
 or if the model run in small blocks, as a plug-in does, differs from the model run in one call.
 
     python examples/audio_effect.py                     # LSTM
-    python examples/audio_effect.py --cell gru --truncate 512
+    python examples/audio_effect.py --cell gru --updates 300 --truncate 512
 """
 
 import argparse
