@@ -141,18 +141,22 @@ def check(
         assert [(run.begin, run.end) for run in runs] == list(pairwise(bounds))
         assert [run.index for run in runs] == list(range(*result.sequence_starts[n : n + 2]))
     assert all(slot for slot in result.slots)  # no slot without work
-    for slot in result.slots:
-        assert [len(run) for run in slot] == sorted(map(len, slot), reverse=True)
-    # The busiest slot first, and none much busier than it must be.
+    # The busiest slot first.
     assert result.loads == sorted(result.loads, reverse=True)
     assert result.rounds == max(result.loads, default=0)
-    if result.slots:
+    if len(result.slots) == sum(end > 0 for end in ends):  # a slot a sequence, by time
+        for slot in result.slots:
+            assert len({run.sequence for run in slot}) == 1
+            assert [run.begin for run in slot] == sorted(run.begin for run in slot)
+    elif result.slots:  # longest first, and no slot much busier than it must be
+        for slot in result.slots:
+            assert [len(run) for run in slot] == sorted(map(len, slot), reverse=True)
         assert result.rounds <= sum(result.loads) / len(result.slots) + max(map(len, result.runs))
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, object]:
-    steps, batch = draw(st.integers(0, 40)), draw(st.integers(0, 9))
+    steps, batch = draw(st.integers(0, 40)), draw(st.integers(0, 15))
     torch.manual_seed(draw(st.integers(0, 2**16)))
 
     def mask() -> Tensor | None:
@@ -221,6 +225,15 @@ def test_equal_segments_fill_the_slots_evenly(plan: Planner) -> None:
         assert max(map(len, result.slots)) - min(map(len, result.slots)) <= 1
 
 
+def test_enough_sequences_keep_their_order(plan: Planner) -> None:
+    """Cut or not, each has a slot to itself; the longest comes first."""
+    reset = torch.rand(30, 12) < 0.2
+    lengths = torch.arange(12) + 15
+    result = plan(30, 12, reset=reset, lengths=lengths)
+    check(result, 30, 12, reset=reset, lengths=lengths)
+    assert [slot[0].sequence for slot in result.slots] == list(reversed(range(12)))
+
+
 def test_short_sequences_share_a_slot_with_nobody_where_none_is_cut(plan: Planner) -> None:
     result = plan(7, 4, lengths=torch.tensor([3, 0, 7, 3]))
     assert result.slots == [[Run(2, 0, 7, 1)], [Run(0, 0, 3, 0)], [Run(3, 0, 3, 2)]]
@@ -236,8 +249,9 @@ def test_short_sequences_share_a_slot_with_nobody_where_none_is_cut(plan: Planne
         (64, 4, 64),  # one turn with more rows rather than two with fewer
         (100, 4, 50),
         (128, 1, 43),
-        (40, 33, 40),
-        (1000, 256, 256),  # enough rows as it is
+        (40, 11, 40),
+        (40, 12, 12),  # enough rows as it is
+        (1000, 256, 256),
         (2**31 - 1, 1, 48),
     ],
 )

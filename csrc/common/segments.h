@@ -3,8 +3,10 @@
 // Plain loops over plain arrays that the caller provides; nothing is allocated. The order of work is
 //   count_segments, once per sequence; sums of the counts give `sequence_starts`;
 //   write_segments, once per sequence;
-//   order_by_length; deal; collect.
-// The longest segment goes first, each to the slot that has the fewest steps so far, so that slots end at about the same time.
+//   order_by_length and deal, or else order_by_time: which slot takes which segment;
+//   rank_slots; collect.
+// Where segments are dealt, the longest goes first, each to the slot that has the fewest steps so far, so that slots end at about
+// the same time. Where there are sequences enough, each has a slot to itself and runs by time, which is how its data lie.
 #pragma once
 
 #include "common/sequences.h"
@@ -83,10 +85,9 @@ struct SlotHeap {
   }
 };
 
-// slot_of[i]: the slot of segment i. loads[s]: the steps of slot s. ranks[s]: how many slots come before slot s when those with
-// more steps come first. `heap` has room for `slots` numbers.
+// slot_of[i]: the slot of segment i. loads[s]: the steps of slot s. `heap` has room for `slots` numbers.
 HSM_HOST_DEVICE void deal(const Segment* segments, const int32_t* order, int64_t count, int64_t slots, int32_t* slot_of, int64_t* loads,
-                          int32_t* ranks, int32_t* heap) {
+                          int32_t* heap) {
   for (int64_t s = 0; s < slots; ++s) {
     loads[s] = 0;
     heap[s] = static_cast<int32_t>(s);  // all loads are equal: this is a heap
@@ -97,13 +98,28 @@ HSM_HOST_DEVICE void deal(const Segment* segments, const int32_t* order, int64_t
     loads[heap[0]] += steps_of(segments[order[i]]);
     least.sink(0);
   }
-  // The ranks are given from the last to the first.
-  least.first_of_equals = false;
+}
+
+// The same with a slot for each sequence that has steps, and the segments in the order in which they are.
+HSM_HOST_DEVICE void order_by_time(const Segment* segments, int64_t count, int32_t* order, int32_t* slot_of, int64_t* loads) {
+  int32_t slot = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == 0 || segments[i].sequence != segments[i - 1].sequence) loads[++slot] = 0;
+    order[i] = static_cast<int32_t>(i);
+    slot_of[i] = slot;
+    loads[slot] += steps_of(segments[i]);
+  }
+}
+
+// ranks[s]: how many slots come before slot s when those with more steps come first. `heap` has room for `slots` numbers.
+HSM_HOST_DEVICE void rank_slots(const int64_t* loads, int64_t slots, int32_t* ranks, int32_t* heap) {
+  for (int64_t s = 0; s < slots; ++s) heap[s] = static_cast<int32_t>(s);
+  SlotHeap least{heap, loads, slots, false};
   for (int64_t place = slots / 2; place-- > 0;) least.sink(place);
   for (int64_t rank = slots; rank-- > 0;) ranks[least.take()] = static_cast<int32_t>(rank);
 }
 
-// Brings the segments into the order of a Schedule: by rank of their slot, within a slot longest first.
+// Brings the segments into the order of a Schedule: by rank of their slot, within a slot in the given order.
 // `places` has room for `slots` numbers.
 HSM_HOST_DEVICE void collect(const Segment* segments, const int32_t* order, int64_t count, int64_t slots, const int32_t* slot_of,
                              const int32_t* ranks, int32_t* places, int32_t* slot_starts, Segment* collected) {

@@ -44,7 +44,7 @@ class Backward {
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_, segments = z_.directions * int64_t{p_.schedule.sequence_starts[z_.batch]};
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
-    walks_ = take_walks(arena, grid_, lanes);
+    walks_ = Walks(arena, grid_, z_.directions, lanes);
     for (A*& g : grad_product_) g = arena.take<A>(states * depth_);
     direct_ = arena.take<A>(is_lstm ? 0 : states * out_pad_);
     grad_c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
@@ -64,7 +64,7 @@ class Backward {
     for (int64_t g = 0; g < grid_.batch_groups; ++g) barriers_[g] = Barrier();
     auto pack = [this](int64_t item) { pack_item(item); };
     run_items(threads_, grid_.workers() > 1, z_.directions * (blocks_ + hidden_blocks_), pack);
-    for (int64_t worker = 0; worker < grid_.workers(); ++worker) start_walk(walks_, p_.schedule, grid_, worker);
+    walks_.start(p_.schedule, grid_, 0);
     auto begin = [this](int64_t n) { begin_sequence(n); };
     run_items(threads_, false, z_.batch, begin);
     auto round = [this](int64_t r, int64_t worker) { run_round(r, worker); };
@@ -144,16 +144,16 @@ class Backward {
   void run_round(int64_t round, int64_t worker) {
     const int64_t k = round / phases();
     const bool after_projection = round % phases() == 1;
-    Walk& walk = walks_[worker];
-    if (k > 0 && !after_projection) walk.advance(true);
+    if (k > 0 && !after_projection) walks_.advance(worker, true);
     const auto visit = [&](int d, int64_t first, int lanes, int64_t block) {
+      const Walk& walk = walks_.at(worker, d);
       if (after_projection) {
         cell_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
       } else {
         state_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
       }
     };
-    for_each_tile(grid_, z_.directions, after_projection ? hidden_blocks_ : blocks_, max_rows, worker, walk.active, visit);
+    for_each_tile(grid_, z_.directions, after_projection ? hidden_blocks_ : blocks_, max_rows, worker, walks_.active(worker), visit);
   }
 
   // Whether anything asks for the gradient of the hidden state that entered a finished segment.
@@ -205,7 +205,7 @@ class Backward {
   // With a projection, the gradient of the projected state is a result of its own and the next product's operand.
   void leave_hidden(int d, const Lane& lane, int64_t row, int64_t u, V grad) {
     const int units = count(u, z_.hidden_out);
-    const int64_t at = place(lane.step(d == 1), d, lane.segment->sequence);
+    const int64_t at = place(lane.step(), d, lane.segment->sequence);
     grad += tensor_at(p_.grad_output, at, z_.hidden_out, u, units);
     store(grad, grad_h_at(d, row) + u);
     store(grad, static_cast<T*>(p_.grad_h) + at * z_.hidden_out + u, units);
@@ -227,7 +227,7 @@ class Backward {
     if constexpr (is_lstm) grad_c = cell_gradient(d, lane, row, u);
     if (!lane.runs()) return;
     const int units = count(u, z_.hidden);
-    const int64_t t = lane.step(d == 1), at = place(t, d, lane.segment->sequence);
+    const int64_t t = lane.step(), at = place(t, d, lane.segment->sequence);
     if (!z_.projection) grad_m += tensor_at(p_.grad_output, at, z_.hidden_out, u, units);
     V grad_pre[4];
     if constexpr (is_lstm) {
@@ -292,7 +292,7 @@ class Backward {
   const Threads& threads_;
   Grid grid_;
   Barrier* barriers_;
-  Walk* walks_;                     // of each worker
+  Walks walks_;
   int64_t rows_;                    // of states, in each direction
   int64_t depth_;                   // G * H: what the recurrent product sums over
   int64_t hidden_pad_, out_pad_;    // sizes in whole vectors

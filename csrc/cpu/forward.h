@@ -30,7 +30,7 @@ class Forward {
     out_blocks_ = z_.projection ? (out_pad_ / width + max_columns - 1) / max_columns : 0;
     const double rows = gate_count * static_cast<double>(z_.hidden) * z_.hidden_out * z_.directions;
     packs_ = !p_.hidden_gates && !p_.input;
-    grid_ = p_.hidden_gates ? Grid{1, 1}
+    grid_ = p_.hidden_gates ? Grid{1, 1, false}
                             : choose_grid(threads.count, p_.schedule, max_rows, 2 * rows * p_.schedule.slots, rows * sizeof(A),
                                           blocks_ * z_.directions);
     const int64_t lanes = Slots::rows_of_a_group(p_.schedule, grid_.batch_groups);
@@ -38,7 +38,7 @@ class Forward {
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_;
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
-    walks_ = take_walks(arena, grid_, lanes);
+    walks_ = Walks(arena, grid_, z_.directions, lanes);
     bias_ = arena.take<A>(z_.directions * 4 * hidden_pad_);
     for (A*& h : h_) h = arena.take<A>(states * out_pad_);
     c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
@@ -58,10 +58,9 @@ class Forward {
     const bool parallel = grid_.workers() > 1;
     auto pack = [this](int64_t item) { pack_item(item); };
     run_items(threads_, parallel, z_.directions * (blocks_ + out_blocks_), pack);
-    for (int64_t worker = 0; worker < grid_.workers(); ++worker) {
-      const Walk& walk = start_walk(walks_, p_.schedule, grid_, worker);
-      for (int64_t i = 0; i < walk.active && worker % grid_.unit_groups == 0; ++i) enter_first(walk.lanes[i], walk.first_row + i);
-    }
+    walks_.start(p_.schedule, grid_, 1);
+    for (int64_t group = 0; group < grid_.batch_groups; ++group)
+      for (int d = 0; d < z_.directions; ++d) enter_first(d, walks_.at(group * grid_.unit_groups, d));
     auto end = [this](int64_t n) { end_sequence(n); };
     if (at_.boundaries.lengths || z_.steps == 0) run_items(threads_, parallel, z_.batch, end);
     for (int64_t k = 0; p_.input && k < z_.batch * p_.input_size; k += width) {
@@ -120,12 +119,13 @@ class Forward {
     }
   }
 
-  // What a slot starts with.
-  void enter_first(const Lane& lane, int64_t row) {
-    for (int d = 0; d < z_.directions; ++d) {
+  // What the slots of a group start with.
+  void enter_first(int d, const Walk& walk) {
+    for (int64_t i = 0; i < walk.active; ++i) {
+      const Lane& lane = walk.lanes[i];
+      const int64_t row = walk.first_row + i;
       for (int64_t u = 0; u < out_pad_; u += width) store(entering_h(d, lane.segment, lane.end, u), h_now(0, d, row) + u);
-      if (!is_lstm) continue;
-      for (int64_t u = 0; u < hidden_pad_; u += width) store(entering_c(d, lane.segment, lane.end, u), c_at(d, row) + u);
+      for (int64_t u = 0; is_lstm && u < hidden_pad_; u += width) store(entering_c(d, lane.segment, lane.end, u), c_at(d, row) + u);
     }
   }
 
@@ -169,16 +169,16 @@ class Forward {
   void run_round(int64_t round, int64_t worker) {
     const int64_t k = round / phases();
     const bool projecting = round % phases() == 1;
-    Walk& walk = walks_[worker];
-    if (k > 0 && !projecting) walk.advance(false);
+    if (k > 0 && !projecting) walks_.advance(worker, false);
     const auto visit = [&](int d, int64_t first, int lanes, int64_t block) {
+      const Walk& walk = walks_.at(worker, d);
       if (projecting) {
         project_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
       } else {
         compute_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
       }
     };
-    for_each_tile(grid_, z_.directions, projecting ? out_blocks_ : blocks_, max_rows, worker, walk.active, visit);
+    for_each_tile(grid_, z_.directions, projecting ? out_blocks_ : blocks_, max_rows, worker, walks_.active(worker), visit);
   }
 
   // `lanes` and `row`: the first lane of the tile, and its row of states.
@@ -222,7 +222,7 @@ class Forward {
   }
 
   void compute_units(int64_t k, int d, const Lane& lane, int64_t row, int64_t u, const A* product) {
-    const int64_t t = lane.step(d == 0);
+    const int64_t t = lane.step();
     T* gates = static_cast<T*>(p_.gates) + place(t, d, lane.segment->sequence) * p_.gate_columns + u;
     V m;
     if constexpr (is_lstm) {
@@ -254,7 +254,7 @@ class Forward {
     if (p_.c_states) store(c, static_cast<T*>(p_.c_states) + place(t, d, n) * z_.hidden + u, units);
     if (lane.last()) {
       if (at_.leaves(d, *lane.segment)) store(c, static_cast<T*>(p_.c_n) + (d * z_.batch + n) * z_.hidden + u, units);
-      c = entering_c(d, lane.segment + 1, lane.end, u);
+      c = entering_c(d, lane.next(), lane.end, u);
     }
     store(c, state);
     return m;
@@ -288,7 +288,7 @@ class Forward {
     store(h, out, units);
     if (lane.last()) {
       if (at_.leaves(d, *lane.segment)) store(h, static_cast<T*>(p_.h_n) + (d * z_.batch + n) * z_.hidden_out + u, units);
-      h = entering_h(d, lane.segment + 1, lane.end, u);
+      h = entering_h(d, lane.next(), lane.end, u);
     } else if (sizeof(T) != sizeof(A)) {
       h = load(out, units);
     }
@@ -302,7 +302,7 @@ class Forward {
                                    product);
     for (int r = 0; r < lane_count; ++r)
       for (int64_t u = block * outputs; u < smaller((block + 1) * outputs, out_pad_); u += width)
-        emit_hidden(k, lanes[r].step(d == 0), d, lanes[r], row + r, u, load(product + r * outputs + (u - block * outputs)));
+        emit_hidden(k, lanes[r].step(), d, lanes[r], row + r, u, load(product + r * outputs + (u - block * outputs)));
   }
 
   const ForwardParams& p_;
@@ -311,7 +311,7 @@ class Forward {
   const Threads& threads_;
   Grid grid_;
   Barrier* barriers_;
-  Walk* walks_;                   // of each worker
+  Walks walks_;
   int64_t rows_;                  // of states, in each direction
   int64_t hidden_pad_, out_pad_;  // sizes in whole vectors
   int64_t blocks_, out_blocks_;   // of hidden units, one vector each; of projected units, max_columns vectors each

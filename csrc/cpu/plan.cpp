@@ -10,11 +10,14 @@ namespace hsm {
 namespace cpu {
 
 int64_t choose_slots(int64_t segments, int64_t sequences) {
-  // So many rows use every load of the weights well; with more of them their own memory leaves the cache.
-  constexpr int64_t enough = 48;
+  // So many rows use every load of the weights well. Then it costs more to run segments out of their order, in which the hardware
+  // fetches data ahead, than it gains to run more of them.
+  constexpr int64_t enough = 12;
+  // With still more, the rows' own memory leaves the cache.
+  constexpr int64_t best = 48;
   if (segments == sequences || sequences >= enough) return sequences;
   // Equal segments fill all slots equally often.
-  const int64_t turns = std::max<int64_t>(1, (segments + enough / 2) / enough);
+  const int64_t turns = std::max<int64_t>(1, (segments + best / 2) / best);
   return std::max(sequences, (segments + turns - 1) / turns);
 }
 
@@ -35,12 +38,18 @@ Plan::Plan(const Sizes& sizes, const Boundaries& boundaries, bool backward) : se
     write_segments(at, backward, n, sequence_starts_[n + 1] - sequence_starts_[n], sequence_starts_[n], by_sequence.data());
 
   const int64_t slots = choose_slots(count, sequences);
-  std::vector<int32_t> starts(sizes.steps + 2), order(count), slot_of(count), ranks(slots), scratch(slots);
+  std::vector<int32_t> order(count), slot_of(count), ranks(slots), scratch(slots);
   std::vector<int64_t> loads(slots);
   segments_.resize(count);
   slot_starts_.resize(slots + 1);
-  order_by_length(by_sequence.data(), count, sizes.steps, starts.data(), order.data());
-  deal(by_sequence.data(), order.data(), count, slots, slot_of.data(), loads.data(), ranks.data(), scratch.data());
+  if (slots == sequences) {
+    order_by_time(by_sequence.data(), count, order.data(), slot_of.data(), loads.data());
+  } else {
+    std::vector<int32_t> starts(sizes.steps + 2);
+    order_by_length(by_sequence.data(), count, sizes.steps, starts.data(), order.data());
+    deal(by_sequence.data(), order.data(), count, slots, slot_of.data(), loads.data(), scratch.data());
+  }
+  rank_slots(loads.data(), slots, ranks.data(), scratch.data());
   collect(by_sequence.data(), order.data(), count, slots, slot_of.data(), ranks.data(), scratch.data(), slot_starts_.data(), segments_.data());
 }
 

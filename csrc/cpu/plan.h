@@ -21,7 +21,8 @@ class Plan {
   std::vector<int32_t> slot_starts_, sequence_starts_;
 };
 
-// How many segments to run side by side, of `segments` that belong to `sequences` sequences which have steps.
+// How many segments to run side by side, of `segments` that belong to `sequences` sequences which have steps. As many as
+// sequences: none is taken out of its sequence.
 int64_t choose_slots(int64_t segments, int64_t sequences);
 
 }  // namespace cpu

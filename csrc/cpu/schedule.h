@@ -31,6 +31,8 @@ class Arena {
 // sequences wait for each other.
 struct Grid {
   int64_t batch_groups, unit_groups;
+  // Whether a worker takes all its weights to one tile of rows after the other, or all rows to one block of weights.
+  bool rows_outside;
   int64_t workers() const { return batch_groups * unit_groups; }
 };
 
@@ -55,36 +57,41 @@ struct Slots {
   const Segment* end(int64_t i) const { return schedule.segments + schedule.slot_starts[i * groups + group + 1]; }
 };
 
-// A slot in the midst of its work.
+// A slot in the midst of its work. A direction goes through the segments, and through the steps of each, in time or against it.
 struct Lane {
   const Segment* segment;   // the one that it runs
   const Segment* end;       // where its segments end
   const Segment* finished;  // the one that it ran before, in the first round after it
   int64_t done;             // steps of `segment` in the rounds before
+  bool in_time;
 
   bool runs() const { return segment != end; }
   bool starts() const { return done == 0; }
   bool last() const { return done + 1 == steps_of(*segment); }
-  // The step of this round, in a pass that goes through the segment in time, or against it.
-  int64_t step(bool in_time) const { return in_time ? segment->begin + done : segment->end - 1 - done; }
+  int64_t step() const { return in_time ? segment->begin + done : segment->end - 1 - done; }
+  const Segment* next() const { return in_time ? segment + 1 : segment - 1; }
 
   void advance() {
     finished = nullptr;
     if (++done < steps_of(*segment)) return;
-    finished = segment++;
+    finished = segment;
+    segment = next();
     done = 0;
   }
 };
 
-// One worker's walk along the slots of its group. Those that have something to do come first.
+// One worker's walk along the slots of its group in one direction. Those that have something to do come first.
 struct alignas(64) Walk {
   Lane* lanes;
   int64_t active, first_row;
 
-  void start(const Slots& slots) {
+  void start(const Slots& slots, bool in_time) {
     active = slots.count();
     first_row = slots.first_row();
-    for (int64_t i = 0; i < active; ++i) lanes[i] = {slots.begin(i), slots.end(i), nullptr, 0};
+    for (int64_t i = 0; i < active; ++i) {
+      const Segment *first = slots.begin(i), *end = slots.end(i);
+      lanes[i] = in_time ? Lane{first, end, nullptr, 0, true} : Lane{end - 1, first - 1, nullptr, 0, false};
+    }
   }
 
   // To the next round. A slot that `lingers` stays for one more round after its last step.
@@ -100,28 +107,49 @@ struct alignas(64) Walk {
   }
 };
 
-inline Walk* take_walks(Arena& arena, const Grid& grid, int64_t lanes) {
-  Walk* walks = arena.take<Walk>(grid.workers());
-  for (int64_t worker = 0; worker < grid.workers(); ++worker) {
-    Lane* own = arena.take<Lane>(lanes);
-    if (own) walks[worker].lanes = own;
-  }
-  return walks;
-}
+// The walks of all workers.
+struct Walks {
+  Walk* walks = nullptr;
+  int directions = 0;
 
-inline Walk& start_walk(Walk* walks, const Schedule& schedule, const Grid& grid, int64_t worker) {
-  walks[worker].start(Slots{schedule, grid.batch_groups, worker / grid.unit_groups});
-  return walks[worker];
-}
+  Walks() = default;
+  Walks(Arena& arena, const Grid& grid, int directions, int64_t lanes) : directions(directions) {
+    walks = arena.take<Walk>(grid.workers() * directions);
+    for (int64_t k = 0; k < grid.workers() * directions; ++k) {
+      Lane* own = arena.take<Lane>(lanes);
+      if (own) walks[k].lanes = own;
+    }
+  }
+
+  Walk& at(int64_t worker, int direction) const { return walks[worker * directions + direction]; }
+  int64_t active(int64_t worker) const { return at(worker, 0).active; }  // the same in every direction
+
+  // `against_time`: the direction that goes against time.
+  void start(const Schedule& schedule, const Grid& grid, int against_time) const {
+    for (int64_t worker = 0; worker < grid.workers(); ++worker)
+      for (int d = 0; d < directions; ++d) at(worker, d).start(Slots{schedule, grid.batch_groups, worker / grid.unit_groups}, d != against_time);
+  }
+
+  void advance(int64_t worker, bool lingers) const {
+    for (int d = 0; d < directions; ++d) at(worker, d).advance(lingers);
+  }
+};
 
 // Calls visit(direction, first lane, lanes, block) for the tiles of a worker's share of one product, whose outputs are cut into
 // `blocks` for each direction.
 template <class Visit>
 void for_each_tile(const Grid& grid, int directions, int64_t blocks, int64_t lanes_per_tile, int64_t worker, int64_t active, Visit visit) {
   const Range items = Range::part(directions * blocks, grid.unit_groups, worker % grid.unit_groups);
-  for (int64_t item = items.begin; item < items.end; ++item)
+  const auto visit_tile = [&](int64_t item, int64_t i) {
+    visit(static_cast<int>(item / blocks), i, static_cast<int>(smaller(lanes_per_tile, active - i)), item % blocks);
+  };
+  if (grid.rows_outside) {
     for (int64_t i = 0; i < active; i += lanes_per_tile)
-      visit(static_cast<int>(item / blocks), i, static_cast<int>(smaller(lanes_per_tile, active - i)), item % blocks);
+      for (int64_t item = items.begin; item < items.end; ++item) visit_tile(item, i);
+  } else {
+    for (int64_t item = items.begin; item < items.end; ++item)
+      for (int64_t i = 0; i < active; i += lanes_per_tile) visit_tile(item, i);
+  }
 }
 
 // `flops`: of the product of one full round. `weight_bytes`: of all its weights. `units`: how far they can be cut.
@@ -129,11 +157,16 @@ inline Grid choose_grid(int threads, const Schedule& schedule, int64_t rows_per_
   constexpr double flops_worth_a_thread = 2e6;   // in all: some ten microseconds
   constexpr double flops_worth_a_barrier = 6e4;  // per worker and round: about a microsecond
   constexpr double private_cache = 1e6;          // bytes of weights that each core keeps when every core needs them all
-  if (threads <= 1 || flops * static_cast<double>(schedule.rounds) < flops_worth_a_thread) return {1, 1};
+  // Rows of slots lie far apart: they are gone through once a round where the weights stay near for all of them.
+  constexpr double near_cache = 512e3;
+  const auto grid = [weight_bytes](int64_t batch_groups, int64_t unit_groups) {
+    return Grid{batch_groups, unit_groups, weight_bytes <= near_cache * static_cast<double>(unit_groups)};
+  };
+  if (threads <= 1 || flops * static_cast<double>(schedule.rounds) < flops_worth_a_thread) return grid(1, 1);
   const int64_t by_batch = smaller(threads, larger(1, schedule.slots / rows_per_pass));
   const int64_t by_units = smaller(smaller(threads, units), larger(1, static_cast<int64_t>(flops / flops_worth_a_barrier)));
-  if (weight_bytes <= private_cache && by_batch > 1) return {by_batch, smaller(by_units, threads / by_batch)};
-  return {smaller(by_batch, threads / by_units), by_units};
+  if (weight_bytes <= private_cache && by_batch > 1) return grid(by_batch, smaller(by_units, threads / by_batch));
+  return grid(smaller(by_batch, threads / by_units), by_units);
 }
 
 // Runs body(round, worker) for every round and worker; workers of one group finish a round together.
