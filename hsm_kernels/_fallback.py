@@ -133,19 +133,19 @@ def lstm_backward(
     c_states: Tensor,
     gates: Tensor,
     c_0: Tensor | None,
-    weights: list[tuple[Tensor, Tensor | None]],
+    weights: list[Weights],
     reset_mask: Tensor | None,
     reset_c: Tensor | None,
     detach_mask: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ``lstm_backward`` in ``_ops.py``; ``weights`` holds ``(weight_hh, weight_hr)`` of each direction."""
+    """See ``lstm_backward`` in ``_ops.py``."""
     dtype, wide = gates.dtype, torch.promote_types(gates.dtype, torch.float32)
     num_steps, batch, directions, hidden = c_states.shape
-    hidden_out = weights[0][0].size(1)
+    hidden_out = weights[0].weight_hh.size(1)
     zeros_h, zeros_c = (torch.zeros(batch, s, dtype=wide, device=gates.device) for s in (hidden_out, hidden))
     runs = []
-    for d, (weight_hh, weight_hr) in enumerate(weights):
+    for d, w in enumerate(weights):
         c = c_states[:, :, d]
         c_entering = previous_states(
             c,
@@ -162,8 +162,8 @@ def lstm_backward(
             c_entering.to(wide),
             grad_h,
             None if grad_c_states is None else grad_c_states[:, :, d],
-            weight_hh.to(wide),
-            None if weight_hr is None else weight_hr.to(wide),
+            w.weight_hh.to(wide),
+            None if w.weight_hr is None else w.weight_hr.to(wide),
         )
         carried = (
             zeros_h if grad_h_n is None else grad_h_n[d].to(wide),
@@ -172,7 +172,7 @@ def lstm_backward(
         runs.append(backward_scan(step, carried, num_steps, Boundaries(reset_mask, None, detach_mask, lengths), d == 1))
     kept, initial, resets = zip(*runs, strict=True)
     grad_gates = _stack_kept(kept, 0, gates)
-    has_projection = weights[0][1] is not None
+    has_projection = weights[0].weight_hr is not None
     like_h = gates.new_empty(num_steps, batch, directions, hidden_out)
     return (
         grad_gates,
@@ -221,22 +221,22 @@ def gru_backward(
     output: Tensor,
     gates: Tensor,
     h_0: Tensor | None,
-    weights: list[Tensor],
+    weights: list[Weights],
     reset_mask: Tensor | None,
     reset_h: Tensor | None,
     detach_mask: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``gru_backward`` in ``_ops.py``; ``weights`` holds ``weight_hh`` of each direction."""
+    """See ``gru_backward`` in ``_ops.py``."""
     dtype, wide = gates.dtype, torch.promote_types(gates.dtype, torch.float32)
     num_steps, batch, directions, hidden = (
         gates.size(0),
         gates.size(1),
         gates.size(2),
-        weights[0].size(1),
+        weights[0].weight_hh.size(1),
     )
     runs = []
-    for d, weight_hh in enumerate(weights):
+    for d, w in enumerate(weights):
         h_entering = previous_states(
             output.chunk(directions, dim=-1)[d],
             at(h_0, d),
@@ -246,7 +246,7 @@ def gru_backward(
             reverse=d == 1,
         )
         grad_h = None if grad_output is None else grad_output.chunk(directions, dim=-1)[d]
-        step = _gru_backward_step(gates[:, :, d].to(wide), h_entering.to(wide), grad_h, weight_hh.to(wide))
+        step = _gru_backward_step(gates[:, :, d].to(wide), h_entering.to(wide), grad_h, w.weight_hh.to(wide))
         zeros = torch.zeros(batch, hidden, dtype=wide, device=gates.device)
         carried = (zeros if grad_h_n is None else grad_h_n[d].to(wide),)
         runs.append(backward_scan(step, carried, num_steps, Boundaries(reset_mask, None, detach_mask, lengths), d == 1))

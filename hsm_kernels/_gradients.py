@@ -7,6 +7,7 @@ four parts are ``r``, ``z``, the input half of ``n`` and the hidden half of ``n`
 algebra and runs on any device.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -113,7 +114,7 @@ class HiddenStates:
         return grad if self.h_0 is None else grad.add_(product(gates_first.t(), self.h_0[direction]))
 
 
-def lstm_gates(input: Tensor, entering: list[Tensor], weights: list[Weights]) -> Tensor:
+def lstm_gates(input: Tensor, entering: Sequence[Tensor] | Tensor, weights: list[Weights]) -> Tensor:
     """The gates i, f, g, o of all steps, ``(L, N, D, 4 * H)``, from the hidden state that entered each step."""
     parts = []
     for h, w in zip(entering, weights, strict=True):
@@ -126,7 +127,7 @@ def lstm_gates(input: Tensor, entering: list[Tensor], weights: list[Weights]) ->
     return _by_step(parts, input)
 
 
-def gru_gates(input: Tensor, entering: list[Tensor], weights: list[Weights]) -> Tensor:
+def gru_gates(input: Tensor, entering: Sequence[Tensor] | Tensor, weights: list[Weights]) -> Tensor:
     """The gates r, z, n and the hidden half of n of all steps, ``(L, N, D, 4 * H)``; see :func:`lstm_gates`."""
     parts = []
     for h, w in zip(entering, weights, strict=True):

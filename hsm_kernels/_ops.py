@@ -5,7 +5,8 @@ One call runs all steps and both directions of one layer. Shapes: ``input`` ``(L
 ``lengths`` int64 ``(N,)`` between 0 and L. Results: ``output`` ``(L, N, D * Hout)``, ``c_states`` ``(L, N, D, H)``,
 ``gates`` ``(L, N, D, 4 * H)`` in the order i, f, g, o for LSTM and r, z, n, hidden half of n for GRU. A result that
 was not asked for has shape ``(0,)``. ``training`` keeps what the gradients need; with ``recompute`` too, the gates are
-not kept but computed again for the backward pass. ``product`` is ``a @ b``, by a kernel of our own where that is faster
+not kept. A backward operator that is given no gates computes them from ``input`` and ``entering``, the hidden state that
+entered each step, ``(D, L, N, Hout)``. ``product`` is ``a @ b``, by a kernel of our own where that is faster
 than torch's.
 
 The native library adds CPU kernels for the same operators; they win over the fallback by dispatch.
@@ -37,15 +38,16 @@ _SCHEMAS = {
     "bool return_states, bool recompute, bool training) -> "
     "(Tensor output, Tensor h_n, Tensor c_n, Tensor c_states, Tensor gates)",
     "lstm_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_c_states, "
-    "Tensor c_states, Tensor gates, Tensor? c_0, Tensor weight_hh, Tensor? weight_hr, Tensor? weight_hh_reverse, "
-    "Tensor? weight_hr_reverse, Tensor? reset_mask, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths) -> "
+    "Tensor c_states, Tensor? gates, Tensor? input, Tensor? entering, Tensor? c_0, "
+    f"{_weight_arguments(_LSTM_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_c, Tensor? detach_mask, "
+    "Tensor? lengths) -> "
     "(Tensor grad_gates, Tensor grad_h, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
     "gru_forward": f"(Tensor input, Tensor? h_0, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, "
     "Tensor? reset_h, Tensor? detach_mask, Tensor? lengths, bool recompute, bool training) -> "
     "(Tensor output, Tensor h_n, Tensor gates)",
-    "gru_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor output, Tensor gates, Tensor? h_0, "
-    "Tensor weight_hh, Tensor? weight_hh_reverse, Tensor? reset_mask, Tensor? reset_h, Tensor? detach_mask, "
-    "Tensor? lengths) -> (Tensor grad_gates, Tensor grad_h_0, Tensor grad_reset_h)",
+    "gru_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor output, Tensor? gates, Tensor? input, "
+    f"Tensor? entering, Tensor? h_0, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_h, "
+    "Tensor? detach_mask, Tensor? lengths) -> (Tensor grad_gates, Tensor grad_h_0, Tensor grad_reset_h)",
     "product": "(Tensor a, Tensor b) -> Tensor",
 }
 
@@ -86,24 +88,33 @@ def _lstm_backward_fallback(
     grad_c_n: Any,
     grad_c_states: Any,
     c_states: Tensor,
-    gates: Tensor,
+    gates: Tensor | None,
+    input: Any,
+    entering: Any,
     c_0: Any,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weight_hh, weight_hr, weight_hh_reverse, weight_hr_reverse, *boundaries = rest
-    weights = [(weight_hh, weight_hr)]
-    if weight_hh_reverse is not None:
-        weights.append((weight_hh_reverse, weight_hr_reverse))
+    weights, boundaries = _directions(rest[:10]), rest[10:]
+    if gates is None:
+        gates = lstm_gates(input, entering, weights)
     return _fallback.lstm_backward(
         grad_output, grad_h_n, grad_c_n, grad_c_states, c_states, gates, c_0, weights, *boundaries
     )
 
 
 def _gru_backward_fallback(
-    grad_output: Any, grad_h_n: Any, output: Tensor, gates: Tensor, h_0: Any, *rest: Any
+    grad_output: Any,
+    grad_h_n: Any,
+    output: Tensor,
+    gates: Tensor | None,
+    input: Any,
+    entering: Any,
+    h_0: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weight_hh, weight_hh_reverse, *boundaries = rest
-    weights = [weight_hh] if weight_hh_reverse is None else [weight_hh, weight_hh_reverse]
+    weights, boundaries = _directions(rest[:8]), rest[8:]
+    if gates is None:
+        gates = gru_gates(input, entering, weights)
     return _fallback.gru_backward(grad_output, grad_h_n, output, gates, h_0, weights, *boundaries)
 
 
@@ -141,32 +152,42 @@ def _lstm_backward_fake(
     grad_c_n: Any,
     grad_c_states: Any,
     c_states: Tensor,
-    gates: Tensor,
+    gates: Tensor | None,
+    input: Any,
+    entering: Any,
     c_0: Any,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weight_hh, weight_hr, reset_c = rest[0], rest[1], rest[5]
+    weight_hh, weight_hr, reset_c, new = rest[1], rest[4], rest[11], c_states.new_empty
     (steps, batch, directions, hidden), hidden_out = c_states.shape, weight_hh.size(1)
     has_resets = reset_c is not None
     return (
-        torch.empty_like(gates),
-        gates.new_empty(0) if weight_hr is None else gates.new_empty(steps, batch, directions, hidden_out),
-        gates.new_empty(directions, batch, hidden_out),
-        gates.new_empty(directions, batch, hidden),
-        gates.new_empty(directions, batch, hidden_out) if has_resets else gates.new_empty(0),
-        gates.new_empty(directions, batch, hidden) if has_resets else gates.new_empty(0),
+        new(steps, batch, directions, 4 * hidden),
+        new(0) if weight_hr is None else new(steps, batch, directions, hidden_out),
+        new(directions, batch, hidden_out),
+        new(directions, batch, hidden),
+        new(directions, batch, hidden_out) if has_resets else new(0),
+        new(directions, batch, hidden) if has_resets else new(0),
     )
 
 
 def _gru_backward_fake(
-    grad_output: Any, grad_h_n: Any, output: Tensor, gates: Tensor, h_0: Any, *rest: Any
+    grad_output: Any,
+    grad_h_n: Any,
+    output: Tensor,
+    gates: Tensor | None,
+    input: Any,
+    entering: Any,
+    h_0: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weight_hh, reset_h = rest[0], rest[3]
-    state = (gates.size(2), gates.size(1), weight_hh.size(1))
+    weights, reset_h, (steps, batch, _) = _directions(rest[:8]), rest[9], output.shape
+    hidden = weights[0].weight_hh.size(1)
+    state = (len(weights), batch, hidden)
     return (
-        torch.empty_like(gates),
-        gates.new_empty(state),
-        gates.new_empty(0) if reset_h is None else gates.new_empty(state),
+        output.new_empty(steps, batch, len(weights), 4 * hidden),
+        output.new_empty(state),
+        output.new_empty(0) if reset_h is None else output.new_empty(state),
     )
 
 
@@ -205,13 +226,10 @@ def _lstm_gradients(
     reset_mask, reset_h, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
     weights = _directions(saved[3:13])
     states = HiddenStates(output, h_0, len(weights), reset_mask, reset_h, lengths)
-    if ctx.recompute:
-        gates = lstm_gates(without_padding(input, lengths), states.entering, weights)
-    _, weight_hh, _, _, weight_hr, _, weight_hh_reverse, _, _, weight_hr_reverse = saved[3:13]
+    gates, *operands = _gates(ctx.recompute, gates, without_padding(input, lengths), states, weights, lstm_gates)
     grad_gates, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = torch.ops.hsm_kernels.lstm_backward.default(
-        *grads, c_states, gates, c_0, weight_hh, weight_hr, weight_hh_reverse, weight_hr_reverse,
-        reset_mask, reset_c, detach_mask, lengths,
-    )  # fmt: skip
+        *grads, c_states, gates, *operands, c_0, *saved[3:13], reset_mask, reset_c, detach_mask, lengths
+    )
     grad_weights, needs = [], ctx.needs_input_grad
     for d, w in enumerate(weights):
         parts = (grad_gates[:, :, d],)
@@ -249,12 +267,10 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
     reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
     weights = _directions(saved[2:10])
     states = HiddenStates(output, h_0, len(weights), reset_mask, reset_h, lengths)
-    if ctx.recompute:
-        gates = gru_gates(without_padding(input, lengths), states.entering, weights)
+    gates, *operands = _gates(ctx.recompute, gates, without_padding(input, lengths), states, weights, gru_gates)
     grad_gates, grad_h_0, grad_reset_h = torch.ops.hsm_kernels.gru_backward.default(
-        *grads, output, gates, h_0, saved[3], saved[7],
-        reset_mask, reset_h, detach_mask, lengths,
-    )  # fmt: skip
+        *grads, output, gates, *operands, h_0, *saved[2:10], reset_mask, reset_h, detach_mask, lengths
+    )
     hidden = weights[0].weight_hh.size(1)
     grad_weights, needs = [], ctx.needs_input_grad
     for d in range(len(weights)):
@@ -274,6 +290,21 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
         grad_reset_h if reset_h is not None else None,
         None, None, None, None,
     )  # fmt: skip
+
+
+def _gates(
+    recompute: bool, gates: Tensor, input: Tensor, states: HiddenStates, weights: list[Weights], gates_of: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The arguments gates, input and entering of a backward operator: the gates, or what it computes them from.
+
+    In float32 and float64 the operator does that itself, in the memory of its result. A projection needs the gates
+    once more.
+    """
+    if not recompute:
+        return gates, None, None
+    if input.dtype in (torch.float32, torch.float64) and weights[0].weight_hr is None:
+        return None, input, torch.stack(states.entering)
+    return gates_of(input, states.entering, weights), None, None
 
 
 def _projected_gradients(
@@ -310,7 +341,7 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _projection_gradient(grad_h: Tensor, gates: Tensor, c_states: Tensor, direction: int) -> Tensor:
+def _projection_gradient(grad_h: Tensor, gates: Any, c_states: Tensor, direction: int) -> Tensor:
     """The gradient of weight_hr: what was projected, ``o * tanh(c)``, is computed again rather than stored."""
     o = gates[:, :, direction].chunk(4, dim=-1)[3]
     return weight_gradient(grad_h[:, :, direction], o * c_states[:, :, direction].tanh())

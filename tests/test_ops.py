@@ -15,6 +15,7 @@ from torch import Tensor
 
 import hsm_kernels as hsm
 from hsm_kernels import _fallback, reference
+from hsm_kernels._gradients import HiddenStates
 from hsm_kernels.reference import Weights
 
 OPS = torch.ops.hsm_kernels
@@ -267,7 +268,7 @@ FLAGS = {
     "no bias, no state": {"bias": False, "initial": False},
     "two directions": {"directions": 2},
     "boundaries": {"resets": True, "reset_state": True, "detaches": True, "lengths": True, "directions": 2},
-    "recomputed": {"recompute": True, "resets": True, "lengths": True},
+    "recomputed": {"recompute": True, "resets": True, "lengths": True, "directions": 2},
 }
 
 
@@ -278,7 +279,6 @@ def test_opcheck(cell: str, proj_size: int, flags: str) -> None:
     case = Case(cell, proj_size=proj_size, **FLAGS[flags])  # type: ignore[arg-type]
     name = cell.lower()
     torch.library.opcheck(getattr(OPS, f"{name}_forward").default, case.arguments())
-    case.recompute = False  # the backward operator is given the gates either way
     torch.library.opcheck(getattr(OPS, f"{name}_backward").default, backward_arguments(case))
 
 
@@ -287,20 +287,58 @@ def backward_arguments(case: Case) -> tuple[Any, ...]:
     op = OPS.lstm_forward if case.cell == "LSTM" else OPS.gru_forward
     with torch.no_grad():
         output, *rest = op(*case.arguments())
-    weights = [
-        w for entry in case.weights for w in (entry.weight_hh, entry.weight_hr)[: 2 if case.cell == "LSTM" else 1]
-    ]
-    weights += [None] * ((4 if case.cell == "LSTM" else 2) - len(weights))
-    weights = [None if w is None else w.detach() for w in weights]
+    per_direction = 5 if case.cell == "LSTM" else 4
+    weights = [None if w is None else w.detach() for entry in case.weights for w in entry[:per_direction]]
+    weights += [None] * (2 * per_direction - len(weights))
     state = [None if part is None else part.detach() for part in case.state]
     reset = [None if part is None else part.detach() for part in case.reset_to]
+    gates = (rest[-1], None, None)
+    if case.recompute:
+        states = HiddenStates(output, state[0], case.directions, case.reset_mask, reset[0], case.length)
+        gates = (None, case.input.detach(), torch.stack(states.entering))
     if case.cell == "LSTM":
-        h_n, c_n, c_states, gates = rest
+        h_n, c_n, c_states, _ = rest
         grads = [torch.randn_like(t) for t in (output, h_n, c_n, c_states)]
-        return (*grads, c_states, gates, state[1], *weights, case.reset_mask, reset[1], case.detach_mask, case.length)
-    h_n, gates = rest
+        return (*grads, c_states, *gates, state[1], *weights, case.reset_mask, reset[1], case.detach_mask, case.length)
+    h_n, _ = rest
     grads = [torch.randn_like(t) for t in (output, h_n)]
-    return (*grads, output, gates, state[0], *weights, case.reset_mask, reset[0], case.detach_mask, case.length)
+    return (*grads, output, *gates, state[0], *weights, case.reset_mask, reset[0], case.detach_mask, case.length)
+
+
+SHAPES = [(0, 3, 2), (3, 0, 2), (2, 3, 0), (1, 1, 1), (7, 300, 65), (130, 5, 200), (64, 513, 33)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", ["row", "column"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product(poisoned_memory: None, shape: tuple[int, int, int], order: str, dtype: torch.dtype) -> None:
+    """Odd sizes around tiles, blocks and chunks, of matrices laid out by rows and by columns, and of a strided part."""
+    rows, depth, columns = shape
+
+    def matrix(height: int, width: int) -> Tensor:
+        drawn = torch.randn(height, width + 3, dtype=torch.float64).to(dtype)[:, :width]
+        return drawn if order == "row" else drawn.t().contiguous().t()
+
+    a, b = matrix(rows, depth), matrix(depth, columns)
+    got, wanted = OPS.product(a, b), a.double() @ b.double()
+    assert got.dtype == dtype
+    # Rounding of every term's sum, in float32 or better, and of the result.
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    sums = 2 * eps * (1 + depth**0.5) * (a.double().abs() @ b.double().abs())
+    assert ((got.double() - wanted).abs() <= sums + torch.finfo(dtype).eps * wanted.abs()).all()
+
+
+@pytest.mark.requires_library
+@pytest.mark.parametrize("choice", ["own", "torch"])
+def test_products_of_either_kind(choice: str) -> None:
+    """The product that this machine would not choose passes the same tests."""
+    if os.environ.get("HSM_KERNELS_CPU_PRODUCT"):
+        pytest.skip("already runs with a chosen product")
+    environment = {**os.environ, "HSM_KERNELS_CPU_PRODUCT": choice}
+    chosen = "test_product and not kind or float64 or many_segments"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen, "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])

@@ -46,17 +46,21 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor> gru_backward(
-    MaybeTensor grad_output, MaybeTensor grad_h_n, Tensor output, Tensor gates, MaybeTensor h_0, Tensor weight_hh,
-    MaybeTensor weight_hh_reverse, MaybeTensor reset_mask, MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths) {
+    MaybeTensor grad_output, MaybeTensor grad_h_n, Tensor output, MaybeTensor gates, MaybeTensor input, MaybeTensor entering,
+    MaybeTensor h_0, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih, MaybeTensor bias_hh, MaybeTensor weight_ih_reverse,
+    MaybeTensor weight_hh_reverse, MaybeTensor bias_ih_reverse, MaybeTensor bias_hh_reverse, MaybeTensor reset_mask,
+    MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths) {
   const char* op = "gru_backward";
-  STD_TORCH_CHECK(gates.dim() == 4, op, ": gates must have shape (L, N, D, 4 * H), got ", text(shape_of(gates)));
-  const auto directions = directions_of({{}, weight_hh, {}, {}, {}}, {{}, weight_hh_reverse, {}, {}, {}});
+  STD_TORCH_CHECK(output.dim() == 3, op, ": output must have shape (L, N, D * H), got ", text(shape_of(output)));
+  STD_TORCH_CHECK(gates || (input && entering), op, ": gates, or input and entering, must be given");
+  const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, {}},
+                                        {weight_ih_reverse, weight_hh_reverse, bias_ih_reverse, bias_hh_reverse, {}});
   BackwardParams p{};
   Sizes& z = p.sizes;
-  z = sizes_of(op, CellKind::gru, gates, gates.size(0), gates.size(1), directions.size(), weight_hh, false);
+  z = sizes_of(op, CellKind::gru, output, output.size(0), output.size(1), directions.size(), weight_hh, false);
   const int64_t hidden = z.hidden;
   const Shape h_shape{z.directions, z.batch, hidden}, h_steps{z.steps, z.batch, z.directions * hidden};
-  Arguments arguments(op, gates.scalar_type());
+  Arguments arguments(op, output.scalar_type());
   p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, {}, detach_mask, lengths);
   for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
   p.h_0 = arguments.pointer("h_0", h_0, h_shape);
@@ -67,8 +71,13 @@ std::tuple<Tensor, Tensor, Tensor> gru_backward(
   const cpu::Plan plan(z, p.boundaries, true);
   p.schedule = plan.schedule();
 
-  Tensor grad_gates = empty(gates, {z.steps, z.batch, z.directions, 4 * hidden});
-  Tensor grad_h_0 = empty(gates, h_shape), grad_reset_h = empty(gates, reset_h ? h_shape : Shape{0});
+  Tensor grad_gates = empty(output, {z.steps, z.batch, z.directions, 4 * hidden});
+  p.recompute = !gates;
+  if (p.recompute) {
+    project_again(op, z, *input, *entering, directions, grad_gates);
+    p.gates = grad_gates.const_data_ptr();
+  }
+  Tensor grad_h_0 = empty(output, h_shape), grad_reset_h = empty(output, reset_h ? h_shape : Shape{0});
   p.grad_gates = grad_gates.mutable_data_ptr();
   p.grad_h_0 = grad_h_0.mutable_data_ptr();
   p.grad_reset_h = reset_h ? grad_reset_h.mutable_data_ptr() : nullptr;

@@ -61,6 +61,35 @@ inline void project_input(const char* op, const Tensor& input, const std::vector
   }
 }
 
+// The pre-activations of all gates, without bias, from the state that entered each step: `entering` (D, L, N, Hout). They fill
+// `gates` (L, N, D, 4 * H) as BackwardParams::recompute wants them.
+inline void project_again(const char* op, const Sizes& z, const Tensor& input, const Tensor& entering,
+                          const std::vector<DirectionTensors>& directions, const Tensor& gates) {
+  STD_TORCH_CHECK(has_product(input.scalar_type()), op, ": gates must be given but for float32 and float64");
+  check_type(op, "input", input, gates.scalar_type());
+  check_shape(op, "input", input, {z.steps, z.batch, input.size(2)});
+  check_type(op, "entering", entering, gates.scalar_type());
+  check_shape(op, "entering", entering, {z.directions, z.steps, z.batch, z.hidden_out});
+  project_input(op, input, directions, gates);
+  const int64_t rows = z.steps * z.batch, hidden = z.hidden;
+  const Tensor h = torch::stable::contiguous(entering), all = torch::stable::view(gates, {rows, z.directions * 4 * hidden});
+  for (int d = 0; d < z.directions; ++d) {
+    const Tensor states = torch::stable::view(torch::stable::select(h, 0, d), {rows, z.hidden_out});
+    Tensor w = torch::stable::contiguous(*directions[d].weight_hh);
+    const auto multiply = [&](int64_t first, int64_t count, int64_t column, bool add) {
+      Tensor part = all;
+      own_product(states, torch::stable::transpose(torch::stable::narrow(w, 0, first, count), 0, 1),
+                  torch::stable::narrow(part, 1, (4 * d * hidden) + column, count), add);
+    };
+    if (z.cell == CellKind::lstm) {
+      multiply(0, 4 * hidden, 0, true);
+    } else {  // the hidden half of n stays apart
+      multiply(0, 2 * hidden, 0, true);
+      multiply(2 * hidden, hidden, 3 * hidden, false);
+    }
+  }
+}
+
 // Sets up a step of few sequences, whose products the kernel computes itself; false if this is not one.
 inline bool takes_input_directly(Arguments& arguments, const Tensor& input, const std::vector<DirectionTensors>& directions,
                                  ForwardParams& p) {

@@ -49,18 +49,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
-    MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTensor grad_c_n, MaybeTensor grad_c_states, Tensor c_states, Tensor gates,
-    MaybeTensor c_0, Tensor weight_hh, MaybeTensor weight_hr, MaybeTensor weight_hh_reverse, MaybeTensor weight_hr_reverse,
-    MaybeTensor reset_mask, MaybeTensor reset_c, MaybeTensor detach_mask, MaybeTensor lengths) {
+    MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTensor grad_c_n, MaybeTensor grad_c_states, Tensor c_states, MaybeTensor gates,
+    MaybeTensor input, MaybeTensor entering, MaybeTensor c_0, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih,
+    MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor weight_ih_reverse, MaybeTensor weight_hh_reverse,
+    MaybeTensor bias_ih_reverse, MaybeTensor bias_hh_reverse, MaybeTensor weight_hr_reverse, MaybeTensor reset_mask,
+    MaybeTensor reset_c, MaybeTensor detach_mask, MaybeTensor lengths) {
   const char* op = "lstm_backward";
-  STD_TORCH_CHECK(gates.dim() == 4, op, ": gates must have shape (L, N, D, 4 * H), got ", text(shape_of(gates)));
-  const auto directions = directions_of({{}, weight_hh, {}, {}, weight_hr}, {{}, weight_hh_reverse, {}, {}, weight_hr_reverse});
+  STD_TORCH_CHECK(c_states.dim() == 4, op, ": c_states must have shape (L, N, D, H), got ", text(shape_of(c_states)));
+  STD_TORCH_CHECK(gates || (input && entering), op, ": gates, or input and entering, must be given");
+  const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, weight_hr},
+                                        {weight_ih_reverse, weight_hh_reverse, bias_ih_reverse, bias_hh_reverse, weight_hr_reverse});
   BackwardParams p{};
   Sizes& z = p.sizes;
-  z = sizes_of(op, CellKind::lstm, gates, gates.size(0), gates.size(1), directions.size(), weight_hh, weight_hr.has_value());
+  z = sizes_of(op, CellKind::lstm, c_states, c_states.size(0), c_states.size(1), directions.size(), weight_hh, weight_hr.has_value());
   const int64_t hidden = z.hidden, out = z.hidden_out;
   const Shape h_shape{z.directions, z.batch, out}, c_shape{z.directions, z.batch, hidden}, c_steps{z.steps, z.batch, z.directions, hidden};
-  Arguments arguments(op, gates.scalar_type());
+  Arguments arguments(op, c_states.scalar_type());
   p.boundaries = boundaries_of(arguments, z, reset_mask, {}, reset_c, detach_mask, lengths);
   for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
   p.c_0 = arguments.pointer("c_0", c_0, c_shape);
@@ -74,10 +78,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   p.schedule = plan.schedule();
 
   const bool resets = reset_c.has_value();
-  Tensor grad_gates = empty(gates, {z.steps, z.batch, z.directions, 4 * hidden});
-  Tensor grad_h = empty(gates, z.projection ? Shape{z.steps, z.batch, z.directions, out} : Shape{0});
-  Tensor grad_h_0 = empty(gates, h_shape), grad_c_0 = empty(gates, c_shape);
-  Tensor grad_reset_h = empty(gates, resets ? h_shape : Shape{0}), grad_reset_c = empty(gates, resets ? c_shape : Shape{0});
+  Tensor grad_gates = empty(c_states, {z.steps, z.batch, z.directions, 4 * hidden});
+  p.recompute = !gates;
+  if (p.recompute) {
+    project_again(op, z, *input, *entering, directions, grad_gates);
+    p.gates = grad_gates.const_data_ptr();
+  }
+  Tensor grad_h = empty(c_states, z.projection ? Shape{z.steps, z.batch, z.directions, out} : Shape{0});
+  Tensor grad_h_0 = empty(c_states, h_shape), grad_c_0 = empty(c_states, c_shape);
+  Tensor grad_reset_h = empty(c_states, resets ? h_shape : Shape{0}), grad_reset_c = empty(c_states, resets ? c_shape : Shape{0});
   p.grad_gates = grad_gates.mutable_data_ptr();
   p.grad_h = grad_h.mutable_data_ptr();
   p.grad_h_0 = grad_h_0.mutable_data_ptr();

@@ -121,24 +121,26 @@ void run_on_cpu(size_t (*workspace_bytes)(const Params&, const cpu::Threads&), v
   run(params, pool, reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment));
 }
 
-inline bool takes_own_product(const Tensor& a, const Tensor& b, const Tensor& out) {
-  const ScalarType type = a.scalar_type();
-  const bool has_kernel = type == ScalarType::Float || type == ScalarType::Double;
-  const auto has_unit_stride = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
-  return has_kernel && cpu::has_faster_product() && has_unit_stride(a) && has_unit_stride(b) && out.stride(1) == 1;
+inline bool has_product(ScalarType type) { return type == ScalarType::Float || type == ScalarType::Double; }
+
+inline bool has_unit_stride(const Tensor& matrix) { return matrix.stride(0) == 1 || matrix.stride(1) == 1; }
+
+// out = a @ b, or out += a @ b, by the kernel. One of the strides of `a` is 1, and of `b`, and the second of `out`.
+inline void own_product(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
+  ProductParams p{};
+  p.dtype = scalar_kind("product", a);
+  p.rows = a.size(0), p.columns = b.size(1), p.depth = a.size(1);
+  p.a = a.const_data_ptr(), p.a_row_stride = a.stride(0), p.a_depth_stride = a.stride(1);
+  p.b = b.const_data_ptr(), p.b_depth_stride = b.stride(0), p.b_column_stride = b.stride(1);
+  p.c = out.mutable_data_ptr(), p.c_row_stride = out.stride(0);
+  p.add = add;
+  run_on_cpu(cpu::kernels().product_workspace, cpu::kernels().product, p);
 }
 
 // out (rows, columns) = a (rows, depth) @ b (depth, columns); by torch where torch is faster.
 inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out) {
-  if (takes_own_product(a, b, out)) {
-    ProductParams p{};
-    p.dtype = scalar_kind("product", a);
-    p.rows = a.size(0), p.columns = b.size(1), p.depth = a.size(1);
-    p.a = a.const_data_ptr(), p.a_row_stride = a.stride(0), p.a_depth_stride = a.stride(1);
-    p.b = b.const_data_ptr(), p.b_depth_stride = b.stride(0), p.b_column_stride = b.stride(1);
-    p.c = out.mutable_data_ptr(), p.c_row_stride = out.stride(0);
-    return run_on_cpu(cpu::kernels().product_workspace, cpu::kernels().product, p);
-  }
+  if (has_product(a.scalar_type()) && cpu::has_faster_product() && has_unit_stride(a) && has_unit_stride(b) && out.stride(1) == 1)
+    return own_product(a, b, out, false);
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that was returned

@@ -13,13 +13,15 @@ struct LstmGates {
   S i, f, g, o;
 };
 
-// pre: the pre-activations i, f, g, o. c: the new cell state. m: o * tanh(c), the hidden state before a projection.
+// pre: the pre-activations i, f, g, o.
 template <class Math, class S>
-HSM_HOST_DEVICE void lstm_cell_forward(const S (&pre)[4], S c_prev, LstmGates<S>& gates, S& c, S& m) {
-  gates.i = Math::sigmoid(pre[0]);
-  gates.f = Math::sigmoid(pre[1]);
-  gates.g = Math::tanh(pre[2]);
-  gates.o = Math::sigmoid(pre[3]);
+HSM_HOST_DEVICE LstmGates<S> lstm_gates(const S (&pre)[4]) {
+  return {Math::sigmoid(pre[0]), Math::sigmoid(pre[1]), Math::tanh(pre[2]), Math::sigmoid(pre[3])};
+}
+
+// c: the new cell state. m: o * tanh(c), the hidden state before a projection.
+template <class Math, class S>
+HSM_HOST_DEVICE void lstm_cell_forward(const LstmGates<S>& gates, S c_prev, S& c, S& m) {
   c = gates.f * c_prev + gates.i * gates.g;
   m = gates.o * Math::tanh(c);
 }
@@ -44,15 +46,17 @@ struct GruGates {
   S r, z, n, h_n;
 };
 
-// x: the input halves of r, z, n. h: the hidden halves.
+// pre: the pre-activations r and z, and the input and the hidden half of n.
 template <class Math, class S>
-HSM_HOST_DEVICE void gru_cell_forward(
-    const S (&x)[3], const S (&h)[3], S h_prev, GruGates<S>& gates, S& h_next) {
-  gates.r = Math::sigmoid(x[0] + h[0]);
-  gates.z = Math::sigmoid(x[1] + h[1]);
-  gates.h_n = h[2];
-  gates.n = Math::tanh(x[2] + gates.r * gates.h_n);
-  h_next = gates.n + gates.z * (h_prev - gates.n);
+HSM_HOST_DEVICE GruGates<S> gru_gates(const S (&pre)[4]) {
+  const S r = Math::sigmoid(pre[0]);
+  return {r, Math::sigmoid(pre[1]), Math::tanh(pre[2] + r * pre[3]), pre[3]};
+}
+
+// Returns the new hidden state.
+template <class S>
+HSM_HOST_DEVICE S gru_cell_forward(const GruGates<S>& gates, S h_prev) {
+  return gates.n + gates.z * (h_prev - gates.n);
 }
 
 // grad_pre: gradients of r, z, the input half of n and the hidden half of n.

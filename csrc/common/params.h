@@ -89,12 +89,14 @@ struct BackwardParams {
   Sizes sizes;
   Boundaries boundaries;
   Schedule schedule;
-  Weights weights[max_directions];  // biases are not read
+  Weights weights[max_directions];  // biases are read with `recompute` only
   const void* h_0;                  // (D, N, Hout) or null; GRU
   const void* c_0;                  // (D, N, H) or null; LSTM
   const void* output;               // (L, N, D * Hout); GRU
   const void* c_states;             // (L, N, D, H); LSTM
   const void* gates;                // (L, N, D, 4 * H) as the forward pass left them
+  // Instead, `gates` is `grad_gates` and holds the pre-activations, without bias: i, f, g, o or r, z and the halves of n.
+  bool recompute;
   const void* grad_output;          // (L, N, D * Hout) or null
   const void* grad_h_n;             // (D, N, Hout) or null
   const void* grad_c_n;             // (D, N, H) or null; LSTM
@@ -108,7 +110,7 @@ struct BackwardParams {
   void* grad_reset_c;  // (D, N, H), or null where nothing needs it; LSTM
 };
 
-// C (rows, columns) = A (rows, depth) @ B (depth, columns), float32 or float64. Strides count elements. Of A's two strides one
+// C (rows, columns) = A (rows, depth) @ B (depth, columns), or is increased by it; float32 or float64. Strides count elements. Of A's two strides one
 // is 1, and of B's; the columns of C are contiguous.
 struct ProductParams {
   ScalarKind dtype;
@@ -119,6 +121,7 @@ struct ProductParams {
   int64_t b_depth_stride, b_column_stride;
   void* c;
   int64_t c_row_stride;
+  bool add;  // to what C holds
 };
 
 }  // namespace hsm

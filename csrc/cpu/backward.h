@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/cell_math.h"
+#include "cpu/bias.h"
 #include "cpu/matrix_tile.h"
 #include "cpu/schedule.h"
 #include "cpu/vector_math.h"
@@ -45,6 +46,7 @@ class Backward {
     const int64_t states = z_.directions * rows_, segments = z_.directions * int64_t{p_.schedule.sequence_starts[z_.batch]};
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
     walks_ = Walks(arena, grid_, z_.directions, lanes);
+    bias_ = arena.take<A>(p_.recompute ? z_.directions * 4 * hidden_pad_ : 0);
     for (A*& g : grad_product_) g = arena.take<A>(states * depth_);
     direct_ = arena.take<A>(is_lstm ? 0 : states * out_pad_);
     grad_c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
@@ -64,6 +66,9 @@ class Backward {
     for (int64_t g = 0; g < grid_.batch_groups; ++g) barriers_[g] = Barrier();
     auto pack = [this](int64_t item) { pack_item(item); };
     run_items(threads_, grid_.workers() > 1, z_.directions * (blocks_ + hidden_blocks_), pack);
+    for (int d = 0; d < z_.directions; ++d)
+      for (int64_t u = 0; p_.recompute && u < hidden_pad_; u += width)
+        pack_bias<T, kind>(p_.weights[d], z_.hidden, u, hidden_pad_, bias_ + d * 4 * hidden_pad_);
     walks_.start(p_.schedule, grid_, 0);
     auto begin = [this](int64_t n) { begin_sequence(n); };
     run_items(threads_, false, z_.batch, begin);
@@ -250,13 +255,20 @@ class Backward {
     return reaching(p_.grad_c_n, d, lane, z_.hidden, u);
   }
 
+  // The gates at `at`, or their pre-activations.
+  void load_gates(int64_t at, int d, int64_t u, V (&values)[4]) const {
+    const T* gates = static_cast<const T*>(p_.gates) + at * 4 * z_.hidden + u;
+    for (int g = 0; g < 4; ++g) values[g] = load(gates + g * z_.hidden, count(u, z_.hidden));
+    for (int g = 0; g < 4 && p_.recompute; ++g) values[g] += load(bias_ + (d * 4 + g) * hidden_pad_ + u);
+  }
+
   V lstm_units(int64_t t, int d, const Lane& lane, int64_t u, V grad_m, V grad_c, V (&grad_pre)[4]) {
     const int units = count(u, z_.hidden);
     const int64_t at = place(t, d, lane.segment->sequence);
     grad_c += tensor_at(p_.grad_c_states, at, z_.hidden, u, units);
-    const T* gates = static_cast<const T*>(p_.gates) + at * 4 * z_.hidden + u;
-    const LstmGates<V> active = {load(gates, units), load(gates + z_.hidden, units), load(gates + 2 * z_.hidden, units),
-                                 load(gates + 3 * z_.hidden, units)};
+    V values[4];
+    load_gates(at, d, u, values);
+    const LstmGates<V> active = p_.recompute ? lstm_gates<Math>(values) : LstmGates<V>{values[0], values[1], values[2], values[3]};
     const V c = tensor_at(p_.c_states, at, z_.hidden, u, units);
     const V c_prev = entered_state(p_.c_states, p_.c_0, at_.boundaries.reset_c, t, d, lane, u, units);
     V grad_c_prev;
@@ -265,11 +277,10 @@ class Backward {
   }
 
   V gru_units(int64_t t, int d, const Lane& lane, int64_t u, V grad_h, V (&grad_pre)[4]) {
-    const int units = count(u, z_.hidden);
-    const T* gates = static_cast<const T*>(p_.gates) + place(t, d, lane.segment->sequence) * 4 * z_.hidden + u;
-    const GruGates<V> active = {load(gates, units), load(gates + z_.hidden, units), load(gates + 2 * z_.hidden, units),
-                                load(gates + 3 * z_.hidden, units)};
-    const V h_prev = entered_state(p_.output, p_.h_0, at_.boundaries.reset_h, t, d, lane, u, units);
+    V values[4];
+    load_gates(place(t, d, lane.segment->sequence), d, u, values);
+    const GruGates<V> active = p_.recompute ? gru_gates<Math>(values) : GruGates<V>{values[0], values[1], values[2], values[3]};
+    const V h_prev = entered_state(p_.output, p_.h_0, at_.boundaries.reset_h, t, d, lane, u, count(u, z_.hidden));
     V direct;
     gru_cell_backward(active, h_prev, grad_h, grad_pre, direct);
     return direct;
@@ -298,6 +309,7 @@ class Backward {
   int64_t hidden_pad_, out_pad_;    // sizes in whole vectors
   int columns_;                     // vectors in a block of outputs
   int64_t blocks_, hidden_blocks_;  // of hidden (or projected) units; of hidden units behind a projection
+  A* bias_;                         // (D, 4, hidden_pad), where the gates are computed again
   A* grad_product_[2];              // (D, rows, G * H): gradients of the hidden halves, even and odd rounds
   A* direct_;                       // (D, rows, out_pad): what reaches h beside the product; GRU
   A* grad_c_;                       // (D, rows, hidden_pad); LSTM

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/cell_math.h"
+#include "cpu/bias.h"
 #include "cpu/matrix_tile.h"
 #include "cpu/schedule.h"
 #include "cpu/vector_math.h"
@@ -93,7 +94,7 @@ class Forward {
     for (int g = 0; g < gate_count && packs_; ++g)
       pack_transposed(static_cast<const T*>(w.weight_hh), z_.hidden_out, z_.hidden_out, g * static_cast<int64_t>(z_.hidden) + u, count(u, z_.hidden),
                       gate_count * width, packed_[d] + u * gate_count * z_.hidden_out + g * width);
-    pack_bias(d, u);
+    pack_bias<T, kind>(w, z_.hidden, u, hidden_pad_, bias_ + d * 4 * hidden_pad_);
   }
 
   void pack_projection(int d, int64_t block) {
@@ -102,20 +103,6 @@ class Forward {
       const int64_t u = block * outputs + v * width;
       pack_transposed(static_cast<const T*>(p_.weights[d].weight_hr), z_.hidden, z_.hidden, u, static_cast<int>(larger(0, count(u, z_.hidden_out))),
                       outputs, packed_hr_[d] + block * outputs * z_.hidden + v * width);
-    }
-  }
-
-  // Rows: LSTM the summed biases of its gates; GRU r and z summed, then n's input and hidden bias apart.
-  void pack_bias(int d, int64_t u) {
-    const T* ih = static_cast<const T*>(p_.weights[d].bias_ih);
-    const T* hh = static_cast<const T*>(p_.weights[d].bias_hh);
-    for (int g = 0; g < 4; ++g) {
-      const int64_t at = (is_lstm ? g : smaller(g, 2)) * static_cast<int64_t>(z_.hidden) + u;
-      const bool input_half = is_lstm || g != 3, hidden_half = is_lstm || g != 2;
-      V bias{};
-      if (ih && input_half) bias += load(ih + at, count(u, z_.hidden));
-      if (hh && hidden_half) bias += load(hh + at, count(u, z_.hidden));
-      store(bias, bias_ + (d * 4 + g) * hidden_pad_ + u);
     }
   }
 
@@ -243,9 +230,9 @@ class Forward {
     for (int g = 0; g < 4; ++g)
       pre[g] = load(gates + g * z_.hidden, units) + load(product + g * width) + load(bias_ + (d * 4 + g) * hidden_pad_ + u);
     A* state = c_at(d, row) + u;
-    LstmGates<V> active;
+    const LstmGates<V> active = lstm_gates<Math>(pre);
     V c, m;
-    lstm_cell_forward<Math>(pre, load(state), active, c, m);
+    lstm_cell_forward<Math>(active, load(state), c, m);
     if (p_.save_gates) {
       const V values[4] = {active.i, active.f, active.g, active.o};
       for (int g = 0; g < 4; ++g) store(values[g], gates + g * z_.hidden, units);
@@ -263,20 +250,16 @@ class Forward {
   V gru_units(int64_t k, int d, int64_t row, int64_t u, const A* product, T* gates) {
     const int units = count(u, z_.hidden);
     const A* bias = bias_ + d * 4 * hidden_pad_ + u;
-    V x[3], h[3];
-    for (int g = 0; g < 3; ++g) {
-      x[g] = load(gates + g * z_.hidden, units) + load(bias + g * hidden_pad_);
-      h[g] = load(product + g * width);
-    }
-    h[2] += load(bias + 3 * hidden_pad_);
-    GruGates<V> active;
-    V h_next;
-    gru_cell_forward<Math>(x, h, load(h_now(k, d, row) + u), active, h_next);
+    V pre[4];
+    for (int g = 0; g < 3; ++g) pre[g] = load(gates + g * z_.hidden, units) + load(bias + g * hidden_pad_);
+    for (int g = 0; g < 2; ++g) pre[g] += load(product + g * width);
+    pre[3] = load(product + 2 * width) + load(bias + 3 * hidden_pad_);
+    const GruGates<V> active = gru_gates<Math>(pre);
     if (p_.save_gates) {
       const V values[4] = {active.r, active.z, active.n, active.h_n};
       for (int g = 0; g < 4; ++g) store(values[g], gates + g * z_.hidden, units);
     }
-    return h_next;
+    return gru_cell_forward(active, load(h_now(k, d, row) + u));
   }
 
   // Writes the hidden state of a step, and what the next step starts from. The next step gets what was written, rounded as

@@ -55,7 +55,7 @@ class Product {
     const Range cols = by_rows_ ? Range{0, p_.columns} : share(worker, p_.columns, columns);
     T* b = b_ + worker * b_size();
     T* a = a_ + worker * a_size();
-    if (p_.depth == 0) clear(rows, cols);
+    if (p_.depth == 0 && !p_.add) clear(rows, cols);
     for (int64_t k = 0; k < p_.depth; k += depth_) {
       const int64_t depth = smaller(depth_, p_.depth - k);
       for (int64_t j = cols.begin; j < cols.end; j += columns) pack_b(k, depth, j, cols.end, b + (j - cols.begin) * depth);
@@ -66,7 +66,7 @@ class Product {
         if (packs) pack_a(operand, count, depth, a);
         const Operand rows_of_a = packs ? Operand{a, 1, most_rows} : Operand{operand, p_.a_row_stride, 1};
         for (int64_t j = cols.begin; j < cols.end; j += columns)
-          multiply(rows_of_a, count, b + (j - cols.begin) * depth, depth, i, j, k > 0);
+          multiply(rows_of_a, count, b + (j - cols.begin) * depth, depth, i, j, k > 0 || p_.add);
       }
     }
   }
