@@ -31,8 +31,10 @@ def previous_states(
     """
     num_steps, batch = states.shape[:2]
     first = torch.zeros_like(states[:1]) if initial is None else initial[None, :, :][:num_steps]
+    if lengths is None and reset_mask is not None and num_steps > 0:
+        return _with_resets(states, first, reset_mask, reset_state, reverse)
     entering = torch.cat([states[1:], first]) if reverse else torch.cat([first, states[:-1]])
-    if lengths is None and reset_mask is None:
+    if lengths is None:
         return entering
     # crossed[t]: the state that entered step t came over an edge of the sequence, not from `initial`.
     crossed = valid_steps(num_steps, batch, lengths, states.device)
@@ -43,6 +45,22 @@ def previous_states(
         reset = crossed & (_edges_of_reverse(reset_mask) if reverse else reset_mask)
         entering = torch.where(reset[..., None], 0 if reset_state is None else reset_state, entering)
     return without_padding(entering, lengths)
+
+
+def _with_resets(
+    states: Tensor, first: Tensor, reset_mask: Tensor, reset_state: Tensor | None, reverse: bool
+) -> Tensor:
+    """``previous_states`` where all sequences have all steps, which takes one pass over memory."""
+    value = states.new_zeros(()) if reset_state is None else reset_state
+    entering = torch.empty_like(states, memory_format=torch.contiguous_format)
+    edges = reset_mask[..., None]
+    if reverse:
+        torch.where(edges[1:], value, states[1:], out=entering[:-1])
+        entering[-1:] = first
+    else:
+        torch.where(edges[1:], value, states[:-1], out=entering[1:])
+        torch.where(edges[:1], value, first, out=entering[:1])
+    return entering
 
 
 def _edges_of_reverse(mask: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ One call runs all steps and both directions of one layer. Shapes: ``input`` ``(L
 ``lengths`` int64 ``(N,)`` between 0 and L. Results: ``output`` ``(L, N, D * Hout)``, ``c_states`` ``(L, N, D, H)``,
 ``gates`` ``(L, N, D, 4 * H)`` in the order i, f, g, o for LSTM and r, z, n, hidden half of n for GRU. A result that
 was not asked for has shape ``(0,)``. ``training`` keeps what the gradients need; with ``recompute`` too, the gates are
-not kept. A backward operator that is given no gates computes them from ``input`` and ``entering``, the hidden state that
-entered each step, ``(D, L, N, Hout)``. ``product`` is ``a @ b``, by a kernel of our own where that is faster
-than torch's.
+not kept. A backward operator that is given no gates computes them from ``input`` and ``entering``, the hidden state
+that entered each step, ``(D, L, N, Hout)``. ``product`` is ``a @ b``, by a kernel of our own where that is faster than
+torch's.
 
 The native library adds CPU kernels for the same operators; they win over the fallback by dispatch.
 """
