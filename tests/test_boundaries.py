@@ -361,6 +361,24 @@ def test_detach_equals_detaching_between_chunks(
     )
 
 
+@pytest.mark.parametrize(("cell", "options"), [v for v in VARIANTS if not v.values[1].get("bidirectional")])
+def test_detaching_between_calls_gives_the_same_bits(backend: str, cell: str, options: dict[str, Any]) -> None:
+    """In float32, where rounding would show: one call with detaches, and our own module chunk by chunk."""
+    rnn = make(cell, **options).float()
+    input, hx = leaf(torch.randn(150, 2, FEATURES)), leaf(random_state(rnn, 2))
+    wanted_of = [input, hx, list(rnn.parameters())]
+    result = rnn(input, hx, truncated_bptt_steps=7)
+    outputs, state = [], hx
+    for number, chunk in enumerate(input.split(7)):
+        output, state = rnn(chunk, map_tensors(Tensor.detach, state) if number else state)
+        outputs.append(output)
+    wanted = (torch.cat(outputs), state)
+    # A single step, as the last chunk is, sums in another order.
+    assert_same_bits(result[0][:-3], wanted[0][:-3])
+    torch.testing.assert_close(tensors(result), tensors(wanted))
+    torch.testing.assert_close(gradients(result, wanted_of), gradients(wanted, wanted_of), rtol=1e-4, atol=1e-4)
+
+
 @variants
 def test_detach_at_first_step_detaches_hx_going_forward(backend: str, cell: str, options: dict[str, Any]) -> None:
     rnn = make(cell, **options)
@@ -397,6 +415,34 @@ def test_truncated_bptt_detaches_every_few_steps(backend: str, cell: str, option
     wanted = rnn(input, hx, detach_mask=mask | edges(*range(steps, STEPS, steps)))
     assert_same_bits(result, wanted)
     assert_close(gradients(result, wanted_of), gradients(wanted, wanted_of))
+
+
+@pytest.mark.requires_library  # the reference takes minutes
+@pytest.mark.parametrize("cell", SEQUENCE_CELLS)
+def test_seventy_thousand_steps(cell: str) -> None:
+    """Longer than cuDNN runs in one call, against torch.nn segment by segment: one sequence is reset, one detached."""
+    steps, rnn = 70_000, getattr(hsm, cell)(FEATURES, HIDDEN)
+    theirs = rnn.to_torch()
+    input = leaf(torch.randn(steps, 2, FEATURES))
+    reset, detach = (torch.zeros(steps, 2, dtype=torch.bool) for _ in range(2))
+    reset[[9_000, 66_000], 0] = True
+    detach[1_000::1_000, 1] = True
+    result, _ = rnn(input, reset_mask=reset, detach_mask=detach)
+    columns = []
+    for n, mask in enumerate((reset, detach)):
+        cuts = [0, *mask[:, n].nonzero().flatten().tolist(), steps]
+        state, outputs = None, []
+        for start, stop in pairwise(cuts):
+            output, state = theirs(input[start:stop, n : n + 1], state)
+            state = None if n == 0 else map_tensors(Tensor.detach, state)
+            outputs.append(output)
+        columns.append(torch.cat(outputs))
+    wanted = torch.cat(columns, dim=1)
+    torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5)
+    parameters = list(rnn.parameters())
+    wanted_of = [input, parameters]
+    for ours, theirs_one in zip(gradients(result, wanted_of), gradients(wanted, wanted_of), strict=True):
+        assert (ours - theirs_one).norm() <= 1e-4 * theirs_one.norm()
 
 
 # Lengths.
@@ -661,7 +707,7 @@ def test_detach_at_every_step_leaves_one_step_of_gradient(backend: str, cell: st
     assert not grad[4:].any()
 
 
-def tiny(cell: str, options: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+def tiny(cell: str, options: dict[str, Any], recompute: bool = False) -> tuple[Any, list[Tensor]]:
     """A module with every differentiable boundary, small enough for numerical derivatives.
 
     No detach: finite differences see through it.
@@ -683,6 +729,7 @@ def tiny(cell: str, options: dict[str, Any]) -> tuple[Any, list[Tensor]]:
                 "reset_hx": as_state(rnn, rest[width : 2 * width]),
                 "lengths": lengths,
                 "return_states": True,
+                "recompute": recompute,
             },
         )
         return tuple(tensors(result))
@@ -714,3 +761,62 @@ def test_double_backward_with_detaches(backend: str, cell: str, options: dict[st
         (first,) = torch.autograd.grad(output.square().sum(), input, create_graph=True)
         seconds.append(gradients(first.square().sum(), wanted_of))
     assert_close(*seconds)
+
+
+# Memory mode.
+
+
+@variants
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_recomputation_changes_nothing_but_memory(
+    backend: str, cell: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    rnn = make(cell, **options).to(dtype)
+    input, hx = leaf(make_input().to(dtype)), leaf(random_state(rnn, BATCH, dtype))
+    extras = map_extras(boundaries_for(rnn, BATCH), dtype)
+    wanted_of = [input, hx, extras["reset_hx"], list(rnn.parameters())]
+    kept, again = (rnn(input, hx, recompute=recompute, **extras) for recompute in (False, True))
+    assert_same_bits(kept, again)
+    for got, wanted in zip(gradients(again, wanted_of), gradients(kept, wanted_of), strict=True):
+        tolerance = 1e-9 if dtype == torch.float64 else 0.05
+        assert (got - wanted).norm() <= tolerance * (wanted.norm() + 1e-3)
+
+
+def map_extras(extras: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same, with the reset state as a leaf in ``dtype``."""
+    return extras | {"reset_hx": leaf(map_tensors(lambda part: part.to(dtype), extras["reset_hx"]))}
+
+
+@variants
+def test_recomputation_by_finite_differences(cell: str, options: dict[str, Any]) -> None:
+    function, leaves = tiny(cell, options, recompute=True)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode="num_layers" in options)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def saved_bytes(rnn: nn.Module, input: Tensor, **options: Any) -> int:
+    """What the graph of a call holds, each memory once, parameters aside."""
+    held: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in rnn.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        rnn(input, **options)
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("cell", SEQUENCE_CELLS)
+def test_recomputation_saves_memory(cell: str) -> None:
+    rnn, input = getattr(hsm, cell)(512, 512), torch.randn(8, 4, 512, requires_grad=True)
+    assert saved_bytes(rnn, input, recompute=True) <= 0.45 * saved_bytes(rnn, input)
+
+
+def test_a_packed_sequence_can_be_recomputed() -> None:
+    rnn, input = make("LSTM"), make_input()
+    packed = pack_padded_sequence(input, torch.tensor([7, 5, 2]))
+    assert_close(rnn(packed, recompute=True), rnn(packed))
