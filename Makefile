@@ -1,4 +1,5 @@
 # make demo    train a character model with torch.nn.LSTM and with hsm_kernels.LSTM, and compare
+# make demo-memory, make demo-audio    the same for an agent with memory, and for an audio effect
 # make test    lint; the tests with the built library, with none, and with one built just in time
 # Both work on a machine that has nothing but python3 (3.10 or later), make and a network.
 
@@ -20,11 +21,17 @@ PYTEST := cd tests && $(abspath $(BIN))/python -m pytest
 NEEDS_LIBRARY := test_abi.py test_build.py test_jit.py
 SOURCES := $(shell find hsm_kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test lint test-wheel test-none test-jit test-versions bench bench-full bench-boundaries clean
+.PHONY: demo demo-memory demo-audio test lint test-wheel test-none test-jit test-versions bench bench-full bench-boundaries clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/char_lm.py $(ARGS)
+
+demo-memory: $(VENV)/installed
+	$(BIN)/python examples/rl_memory.py $(ARGS)
+
+demo-audio: $(VENV)/installed
+	$(BIN)/python examples/audio_effect.py $(ARGS)
 
 test: lint test-wheel test-none test-jit
 

@@ -161,10 +161,20 @@ def _checked(name: str, state: object, spec: StateSpec, shape: SequenceShape, li
                 "use .to(input.device)"
             )
         batched = part if shape.batched else part.unsqueeze(1)
-        if batched.shape not in ((rows, shape.batch, size), (rows, 1, size)):
+        if not _fits(batched, rows, shape.batch, size):
             raise _size_error(name, k, part, (rows, shape.batch, size), spec, shape.batched)
         checked.append(batched.expand(rows, shape.batch, size))
     return tuple(checked)
+
+
+def _fits(part: Tensor, rows: int, batch: int, size: int) -> bool:
+    """Whether ``part`` is ``(rows, batch, size)`` or ``(rows, 1, size)``.
+
+    Number by number: torch.compile does not see that a tuple with a dynamic batch equals one of plain numbers.
+    """
+    if part.dim() != 3 or part.size(0) != rows or part.size(2) != size:
+        return False
+    return part.size(1) == batch or part.size(1) == 1
 
 
 def _size_error(

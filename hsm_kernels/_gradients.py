@@ -120,7 +120,8 @@ class HiddenStates:
     def weight_gradient(self, grad_outputs: Tensor, direction: int) -> Tensor:
         """The gradient of ``weight_hh``, ``(O, Hout)``: each step's gate gradients times the state that entered it."""
         states = self.by_direction[direction]
-        if "entering" in self.__dict__ or self.reset_mask is not None or self.lengths is not None or not len(states):
+        cut = self.reset_mask is not None or self.lengths is not None
+        if cut or "entering" in self.__dict__ or states.size(0) == 0:
             return weight_gradient(grad_outputs, self.entering[direction])
         # Shifted views serve as "the state that entered", so nothing is copied.
         gates_after, states_before, gates_first = (

@@ -694,13 +694,19 @@ def test_D6_lengths_of_zero(backend: str, cell: str) -> None:
     assert_same_bits(state, hx)
 
 
+def assert_same_in_any_layout(backend: str, ours: Any, theirs: Any) -> None:
+    """The kernels give the same bits; the reference need not: MKL on AMD rounds by the layout of its operands."""
+    native = backend == "auto" and hsm.build_info().loaded
+    (assert_same_bits if native else assert_same_values)(ours, theirs)
+
+
 @sequence_cells
 def test_D6_state_of_one_sequence_is_broadcast(backend: str, cell: str) -> None:
     module = getattr(hsm, cell)(4, 5, 2, bidirectional=True)
     input, one = torch.randn(6, 3, 4), leaf(random_state(module, 1))
     full = leaf(map_tensors(lambda part: part.repeat(1, 3, 1), one))
     result, wanted = module(input, one), module(input, full)
-    assert_same_bits(result, wanted)
+    assert_same_in_any_layout(backend, result, wanted)
     sums = [grad.sum(1, keepdim=True) for grad in gradients(wanted, full)]
     assert_same_values(gradients(result, one), sums)
 
@@ -726,7 +732,7 @@ def test_D6_state_with_any_strides(backend: str, cell: str) -> None:
         lambda part: part.flip(1).flip(1),
     ]
     for lay_out in layouts:
-        assert_same_bits(module(input, map_tensors(lay_out, hx)), wanted)
+        assert_same_in_any_layout(backend, module(input, map_tensors(lay_out, hx)), wanted)
 
 
 # The clear errors of D6 are in test_errors.py.
@@ -1124,6 +1130,18 @@ def test_E3_compile_once_for_every_length_and_batch(cell: str) -> None:
         input = torch.randn(length, batch, 4)
         assert_same_values(compiled(input), module(input))
     assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@sequence_cells
+def test_E3_compile_with_a_dynamic_batch_and_a_static_state(cell: str) -> None:
+    """As where the state is held by a module, and only the input's batch has changed between calls."""
+    module, input = getattr(hsm, cell)(4, 5), torch.randn(6, 3, 4)
+    hx = random_state(module, 3)
+    for part in tensors(hx):
+        torch._dynamo.mark_static(part)
+    compiled = torch.compile(module, backend="eager", fullgraph=True, dynamic=True)
+    assert_same_values(compiled(input, hx), module(input, hx))
 
 
 @pytest.mark.slow
