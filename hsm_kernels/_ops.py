@@ -303,7 +303,8 @@ def _gates(
     if not recompute:
         return gates, None, None
     if input.dtype in (torch.float32, torch.float64) and weights[0].weight_hr is None:
-        return None, input, torch.stack(states.entering)
+        entering = states.entering
+        return None, input, entering[0].unsqueeze(0) if len(entering) == 1 else torch.stack(entering)
     return gates_of(input, states.entering, weights), None, None
 
 

@@ -15,17 +15,19 @@ template <class T>
 class Product {
   static constexpr int width = lanes<T>();
   static constexpr int columns = max_columns * width;
-  // A chunk of one block of B stays in the cache nearest to the core while all rows pass by.
-  static constexpr int64_t most_depth = 256, most_rows = 16 * max_rows;
+  // Chunks of A and of a block of B stay in the cache while they are gone through again. The longer they are, the seldomer C is.
+  static constexpr int64_t most_depth = 512, most_depth_packed = 256, most_rows = 16 * max_rows;
 
  public:
   Product(const ProductParams& params, const Threads& threads, void* workspace) : p_(params), threads_(threads) {
     const double flops = 2.0 * static_cast<double>(p_.rows) * p_.columns * p_.depth;
     const int64_t row_tiles = (p_.rows + max_rows - 1) / max_rows, blocks = (p_.columns + columns - 1) / columns;
-    by_rows_ = row_tiles >= blocks;
+    // Workers that share the rows each pack all of B; those that share the columns take A as it is, if it is contiguous.
+    const bool even = blocks % threads.count == 0 || blocks >= 4 * threads.count;
+    by_rows_ = row_tiles >= blocks && !(p_.a_depth_stride == 1 && even);
     constexpr double flops_worth_a_thread = 2e6;
     workers_ = flops < 2 * flops_worth_a_thread ? 1 : larger(1, smaller(threads.count, by_rows_ ? row_tiles : blocks));
-    depth_ = smaller(most_depth, p_.depth);
+    depth_ = smaller(p_.a_depth_stride == 1 ? most_depth : most_depth_packed, p_.depth);
     Arena arena(workspace);
     b_ = arena.take<T>(workers_ * b_size());
     a_ = arena.take<T>(workers_ * a_size());
