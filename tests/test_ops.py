@@ -305,7 +305,7 @@ def backward_arguments(case: Case) -> tuple[Any, ...]:
     return (*grads, output, *gates, state[0], *weights, case.reset_mask, reset[0], case.detach_mask, case.length)
 
 
-SHAPES = [(0, 3, 2), (3, 0, 2), (2, 3, 0), (1, 1, 1), (7, 300, 65), (130, 5, 200), (64, 1025, 33)]
+SHAPES = [(0, 3, 2), (70, 0, 2), (70, 3, 0), (1, 1, 1), (7, 300, 65), (130, 5, 200), (64, 1025, 33), (71, 520, 65)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
