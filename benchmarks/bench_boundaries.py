@@ -21,7 +21,6 @@ from boundary_cases import (
     Entry,
     Sizes,
     all_cases,
-    has_recompute,
 )
 from boundary_results import BoundaryRow, Difference, Finding, draw, format_rows
 from results import Spread, describe_machine, save, spread_of, warn_of_load
@@ -78,8 +77,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure; 1 if results disagree, else 0, whether targets are met or missed."""
     options = parse_options(arguments)
     mode = MODES[options.mode]
-    if not has_recompute():
-        print("bench_boundaries: the modules have no recompute option: no memory rows")
     threads = options.threads or default_threads()
     cases = [case for count in threads for case in all_cases(mode.sizes, count)]
     chosen = [case for case in cases if options.only in str(case)]

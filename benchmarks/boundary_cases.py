@@ -1,6 +1,5 @@
 """What the boundary benchmark measures: its rows, and for each the contenders and the targets."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +11,6 @@ from cases import Case, Problem, grid, make_problem
 from peers import OURS, TORCH, Call, training_call
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-
-import hsm_kernels as hsm
 
 WITHOUT_MASK = f"{OURS}, no mask"
 WITHOUT_DETACHES = f"{OURS}, no detaches"
@@ -144,20 +141,14 @@ def all_cases(sizes: Sizes, threads: int) -> list[BoundaryCase]:
         rows(f"truncated every {k}", size, truncated, steps=k, target=target)
     for size, backward_target in sizes.backward.items():
         rows("backward alone", size, backward_alone, steps=k, target=backward_target)
-    if has_recompute():
-        for size in sizes.memory:
-            rows("memory", size, memory)
+    for size in sizes.memory:
+        rows("memory", size, memory)
     rows("lengths", sizes.resets, lengths)
     for where, other in {"p=0.1": 0.1, "everywhere": 1.0, "nowhere": 0.0}.items():
         rows(f"resets {where}", sizes.resets, resets, p=other, peers=("union split",))
     both = {"peers": ("split and pack",), "bidirectional": True}
     rows(f"bidirectional resets p={p}", sizes.resets, resets, p=p, **both)
     return cases
-
-
-def has_recompute() -> bool:
-    """Whether the modules can compute gates again in backward in place of saving them."""
-    return all("recompute" in inspect.signature(rnn.forward).parameters for rnn in (hsm.LSTM, hsm.GRU))
 
 
 # A plan for each kind of row

@@ -226,7 +226,8 @@ def _lstm_gradients(
     reset_mask, reset_h, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
     weights = _directions(saved[3:13])
     states = HiddenStates(output, h_0, len(weights), reset_mask, reset_h, lengths)
-    gates, *operands = _gates(ctx.recompute, gates, without_padding(input, lengths), states, weights, lstm_gates)
+    input = without_padding(input, lengths)
+    gates, *operands = _gates(ctx.recompute, gates, input, states, weights, lstm_gates)
     grad_gates, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = torch.ops.hsm_kernels.lstm_backward.default(
         *grads, c_states, gates, *operands, c_0, *saved[3:13], reset_mask, reset_c, detach_mask, lengths
     )
@@ -267,7 +268,8 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
     reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
     weights = _directions(saved[2:10])
     states = HiddenStates(output, h_0, len(weights), reset_mask, reset_h, lengths)
-    gates, *operands = _gates(ctx.recompute, gates, without_padding(input, lengths), states, weights, gru_gates)
+    input = without_padding(input, lengths)
+    gates, *operands = _gates(ctx.recompute, gates, input, states, weights, gru_gates)
     grad_gates, grad_h_0, grad_reset_h = torch.ops.hsm_kernels.gru_backward.default(
         *grads, output, gates, *operands, h_0, *saved[2:10], reset_mask, reset_h, detach_mask, lengths
     )
@@ -316,7 +318,7 @@ def _projected_gradients(
     states: HiddenStates,
     direction: int,
 ) -> list[Tensor | None]:
-    """Gradients of weight_ih, weight_hh, bias_ih, bias_hh of one direction.
+    """Gradients of weight_ih, weight_hh, bias_ih, bias_hh of one direction. ``input`` is zero behind the lengths.
 
     ``input_parts`` and ``hidden_parts`` are the gate gradients that reach the input product and the recurrent product,
     cut along the gates where they are not adjacent in memory.
@@ -324,8 +326,7 @@ def _projected_gradients(
     needs_ih, needs_hh, needs_bias_ih, needs_bias_hh = needs
     grad_ih = grad_hh = grad_bias_ih = grad_bias_hh = None
     if needs_ih:
-        inputs = without_padding(input, states.lengths)
-        grad_ih = _join([weight_gradient(part, inputs) for part in input_parts])
+        grad_ih = _join([weight_gradient(part, input) for part in input_parts])
     if needs_hh:
         grad_hh = _join([states.weight_gradient(part, direction) for part in hidden_parts])
     if needs_bias_ih:
