@@ -415,13 +415,20 @@ def test_lengths_beyond_the_end_read_no_mask_there(cell: str) -> None:
 
 
 @pytest.mark.requires_library
-def test_unknown_instruction_set_is_an_error() -> None:
-    code = "import hsm_kernels as hsm, torch; hsm.GRU(2, 3)(torch.zeros(2, 1, 2))"
-    environment = {**os.environ, "HSM_KERNELS_CPU_ISA": "avx1024"}
+@pytest.mark.parametrize(
+    "variable, value, wanted",
+    [
+        ("HSM_KERNELS_CPU_ISA", "avx1024", "must be portable"),
+        ("HSM_KERNELS_CPU_PRODUCT", "mkl", "must be own or torch"),
+    ],
+)
+def test_unknown_choice_of_kernels_is_an_error(variable: str, value: str, wanted: str) -> None:
+    code = "import hsm_kernels as hsm, torch; hsm.GRU(2, 3)(torch.zeros(70, 1, 2))"
+    environment = {**os.environ, variable: value}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode != 0
-    assert "HSM_KERNELS_CPU_ISA must be portable" in run.stderr
-    assert "avx1024" in run.stderr
+    assert f"{variable} {wanted}" in run.stderr
+    assert value in run.stderr
 
 
 def test_library_is_what_the_dispatcher_says() -> None:
