@@ -123,7 +123,8 @@ def scan(
         edge = t + 1 if reverse else t
         if edge < num_steps:
             state = cross(state, edge, valid, boundaries)
-        new = cell(input[t], state, weights)
+        # Nor must a state that waits: the cell is not run on it, and sees zeros in its place.
+        new = cell(input[t], select(valid[t], state, zeros), weights)
         state = select(valid[t], new, state)
         states[t] = select(valid[t], new, zeros)
     if not states:

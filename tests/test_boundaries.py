@@ -507,6 +507,24 @@ def test_masks_beyond_the_length_are_ignored(backend: str, cell: str, options: d
     assert_close(*(gradients(r, [input, hx, reset_hx, parameters]) for r in results))
 
 
+@variants
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nan_behind_the_lengths_reaches_no_gradient(
+    backend: str, cell: str, options: dict[str, Any], recompute: bool
+) -> None:
+    """In the padding, and in the state of a sequence without steps."""
+    rnn, lengths = make(cell, **options), torch.tensor([3, 0, STEPS])
+    padding = torch.arange(STEPS)[:, None] >= lengths
+    clean, hx = make_input().masked_fill(padding[..., None], 0), make_state(rnn)
+    grads = []
+    for filler in (0.0, torch.nan):
+        input = leaf(clean.masked_fill(padding[..., None], filler))
+        state = leaf(map_tensors(lambda part, filler=filler: part.index_fill(1, torch.tensor([1]), filler), hx))
+        output, _ = rnn(input, state, lengths=lengths, recompute=recompute)
+        grads.append(gradients(output, [input, state, list(rnn.parameters())]))
+    assert_close(grads[1], grads[0])
+
+
 # Returned states.
 
 

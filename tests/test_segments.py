@@ -206,6 +206,12 @@ def test_all_steps_alone(plan: Planner) -> None:
     assert set(result.loads) == {8}  # 400 steps on 50 slots
 
 
+def test_equal_segments_are_dealt_in_their_order(plan: Planner) -> None:
+    """To the slots in turn, so that slots beside each other run steps beside each other."""
+    result = plan(100, 1, reset=torch.ones(100, 1, dtype=torch.bool))
+    assert result.slots == [[Run(0, t, t + 1, t) for t in (k, k + 50)] for k in range(50)]
+
+
 def test_one_long_and_many_short(plan: Planner) -> None:
     """The long one has a slot to itself, and does not hold up the others."""
     detach = torch.ones(200, 2, dtype=torch.bool)

@@ -139,9 +139,8 @@ inline void own_product(const Tensor& a, const Tensor& b, const Tensor& out, boo
 
 // out (rows, columns) = a (rows, depth) @ b (depth, columns); by torch where torch is faster.
 inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out) {
-  constexpr int64_t rows_worth_packing = 64;
   const bool fits = has_product(a.scalar_type()) && has_unit_stride(a) && has_unit_stride(b) && out.stride(1) == 1;
-  if (fits && a.size(0) >= rows_worth_packing && cpu::has_faster_product()) return own_product(a, b, out, false);
+  if (fits && cpu::has_faster_product(a.size(0), b.size(1))) return own_product(a, b, out, false);
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that was returned

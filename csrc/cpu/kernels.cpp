@@ -33,20 +33,30 @@ const Kernels& kernels() {
   return chosen;
 }
 
-bool has_faster_product() {
-  static const bool faster = [] {
-    if (const char* wanted = std::getenv("HSM_KERNELS_CPU_PRODUCT")) {
-      if (std::strcmp(wanted, "own") == 0) return true;
-      if (std::strcmp(wanted, "torch") == 0) return false;
-      throw std::runtime_error(std::string("hsm_kernels: HSM_KERNELS_CPU_PRODUCT must be own or torch, got ") + wanted);
-    }
+namespace {
+
+enum class ProductChoice { own, torch, by_size };
+
+ProductChoice choose_product() {
+  if (const char* wanted = std::getenv("HSM_KERNELS_CPU_PRODUCT")) {
+    if (std::strcmp(wanted, "own") == 0) return ProductChoice::own;
+    if (std::strcmp(wanted, "torch") == 0) return ProductChoice::torch;
+    throw std::runtime_error(std::string("hsm_kernels: HSM_KERNELS_CPU_PRODUCT must be own or torch, got ") + wanted);
+  }
 #ifdef __x86_64__
-    return &kernels() == &avx512::table && !__builtin_cpu_is("intel");
-#else
-    return false;
+  if (&kernels() == &avx512::table && !__builtin_cpu_is("intel")) return ProductChoice::by_size;
 #endif
-  }();
-  return faster;
+  return ProductChoice::torch;
+}
+
+}  // namespace
+
+bool has_faster_product(int64_t rows, int64_t columns) {
+  static const ProductChoice choice = choose_product();
+  if (choice != ProductChoice::by_size) return choice == ProductChoice::own;
+  constexpr int64_t rows_worth_packing = 64, block = 64;
+  const int64_t computed = (columns + block - 1) / block * block;
+  return rows >= rows_worth_packing && 2 * computed <= 3 * columns;
 }
 
 }  // namespace cpu

@@ -25,8 +25,9 @@ struct Kernels {
 const Kernels& kernels();
 
 // Whether Kernels::product is faster than torch's own product, which is MKL's on x86-64: on CPUs of other makers than Intel MKL
-// takes instructions that reach half the speed or less. HSM_KERNELS_CPU_PRODUCT=own|torch decides otherwise.
-bool has_faster_product();
+// takes instructions that reach half the speed or less. Few rows are not worth packing the other operand for, and a block of
+// columns that is mostly empty is not worth computing. HSM_KERNELS_CPU_PRODUCT=own|torch decides otherwise, whatever the size.
+bool has_faster_product(int64_t rows, int64_t columns);
 
 namespace portable {
 extern const Kernels table;
