@@ -207,6 +207,26 @@ def test_many_segments(poisoned_memory: None, cell: str, proj_size: int, kind: s
             torch.testing.assert_close(case.gradients(ours), case.gradients(wanted), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(70, 20), (3, 700)], ids=["rounds", "sequences"])
+@pytest.mark.parametrize("cell, proj_size", [("LSTM", 0), ("LSTM", 3), ("GRU", 0)])
+def test_many_chunks(poisoned_memory: None, cell: str, proj_size: int, shape: tuple[int, int]) -> None:
+    """More rounds, or more sequences, than the native kernels project the input of at once."""
+    for options in ({"directions": 2}, {"lengths": True}, {"directions": 2, "lengths": True, "resets": True}):
+        case = Case(cell, *shape, hidden=18, proj_size=proj_size, density=0.05, **options)
+        ours, wanted = case.forward(), case.by_reference()
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(case.gradients(ours), case.gradients(wanted), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_input_of_any_strides(poisoned_memory: None, cell: str) -> None:
+    case = Case(cell, steps=6, batch=5, inputs=7)
+    wanted = case.forward()
+    for view in (case.input.transpose(0, 1).contiguous().transpose(0, 1), case.input.mT.contiguous().mT):
+        case.input = view
+        torch.testing.assert_close(case.forward(), wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_recomputation_keeps_no_gates(cell: str) -> None:
     op = OPS.lstm_forward if cell == "LSTM" else OPS.gru_forward
@@ -396,7 +416,7 @@ def test_instruction_sets(instruction_set: str) -> None:
     """The kernels that this machine would not choose pass the same tests."""
     if os.environ.get("HSM_KERNELS_CPU_ISA"):
         pytest.skip("already runs with a chosen instruction set")
-    chosen = "equals_the_reference or other_dtypes or threads or one_step or segments"
+    chosen = "equals_the_reference or other_dtypes or threads or one_step or segments or chunks"
     environment = {**os.environ, "HSM_KERNELS_CPU_ISA": instruction_set}
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen, "-p", "no:cacheprovider"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -425,7 +445,7 @@ def test_lengths_beyond_the_end_read_no_mask_there(cell: str) -> None:
     ],
 )
 def test_unknown_choice_of_kernels_is_an_error(variable: str, value: str, wanted: str) -> None:
-    code = "import hsm_kernels as hsm, torch; hsm.GRU(2, 3)(torch.zeros(70, 1, 2))"
+    code = "import hsm_kernels, torch; torch.ops.hsm_kernels.product(torch.zeros(70, 1), torch.zeros(1, 64))"
     environment = {**os.environ, variable: value}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode != 0

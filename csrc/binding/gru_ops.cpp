@@ -22,27 +22,19 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
   p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, {}, detach_mask, lengths);
   for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
   p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, hidden});
+  add_input(arguments, input, directions, p);
   const cpu::Plan plan(z, p.boundaries, false);
   p.schedule = plan.schedule();
 
-  const bool save_gates = training && !recompute;
-  Tensor gates = empty(input, {z.steps, z.batch, z.directions, (save_gates ? 4 : 3) * hidden});
-  const bool direct = takes_input_directly(arguments, input, directions, p);
-  if (!direct) project_input(op, input, directions, gates);
-  Tensor hidden_gates;
-  if (z.steps == 1 && !direct) {
-    hidden_gates = project_state(z, directions, input, h_0, reset_mask, reset_h);
-    p.hidden_gates = hidden_gates.const_data_ptr();
-  }
   Tensor output = empty(input, {z.steps, z.batch, z.directions * hidden});
   Tensor h_n = empty(input, {z.directions, z.batch, hidden});
-  p.gates = gates.mutable_data_ptr();
-  p.gate_columns = gates.size(3);
-  p.save_gates = save_gates;
+  const bool save_gates = training && !recompute;
+  Tensor gates = empty(input, save_gates ? Shape{z.steps, z.batch, z.directions, 4 * hidden} : Shape{0});
+  p.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
   p.h_n = h_n.mutable_data_ptr();
   run_on_cpu(cpu::kernels().forward_workspace, cpu::kernels().forward, p);
-  return {output, h_n, save_gates ? gates : empty(input, {0})};
+  return {output, h_n, gates};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gru_backward(

@@ -1,4 +1,4 @@
-// What the LSTM and GRU operators share: sizes, boundaries and the input projection.
+// What the LSTM and GRU operators share: sizes, boundaries, weights and input.
 #pragma once
 
 #include "binding/tensors.h"
@@ -47,6 +47,14 @@ inline Weights weights_of(Arguments& arguments, const Sizes& z, const DirectionT
           arguments.pointer("bias_hh", w.bias_hh, {rows})};
 }
 
+// The input (L, N, I) as the forward pass reads it, and the weights that take it.
+inline void add_input(Arguments& arguments, const Tensor& input, const std::vector<DirectionTensors>& directions, ForwardParams& p) {
+  p.input_size = input.size(2);
+  p.input = arguments.rows("input", input, {p.sizes.steps, p.sizes.batch, p.input_size}, p.input_step_stride, p.input_batch_stride);
+  for (int d = 0; d < p.sizes.directions; ++d)
+    p.weights[d].weight_ih = arguments.pointer("weight_ih", directions[d].weight_ih, {directions[d].weight_hh->size(0), p.input_size});
+}
+
 // Writes x @ W_ih^T of every direction into the first columns of `gates` (L, N, D, columns).
 inline void project_input(const char* op, const Tensor& input, const std::vector<DirectionTensors>& directions, const Tensor& gates) {
   const int64_t rows = input.size(0) * input.size(1), columns = gates.size(3);
@@ -88,37 +96,6 @@ inline void project_again(const char* op, const Sizes& z, const Tensor& input, c
       multiply(2 * hidden, hidden, 3 * hidden, false);
     }
   }
-}
-
-// Sets up a step of few sequences, whose products the kernel computes itself; false if this is not one.
-inline bool takes_input_directly(Arguments& arguments, const Tensor& input, const std::vector<DirectionTensors>& directions,
-                                 ForwardParams& p) {
-  constexpr int64_t few = 4;
-  const Sizes& z = p.sizes;
-  if (z.steps != 1 || z.projection || z.batch > few) return false;
-  p.input_size = input.size(2);
-  p.input = arguments.pointer("input", input, {1, z.batch, p.input_size});
-  for (int d = 0; d < z.directions; ++d)
-    p.weights[d].weight_ih = arguments.pointer("weight_ih", directions[d].weight_ih, {directions[d].weight_hh->size(0), p.input_size});
-  return true;
-}
-
-// For one step without projection: h @ W_hh^T by torch's product, (D, N, G * H). Packing the weights would take longer than
-// the step. `h_0` is what enters the step if no reset replaces it.
-inline Tensor project_state(const Sizes& z, const std::vector<DirectionTensors>& directions, const Tensor& like, const MaybeTensor& h_0,
-                            const MaybeTensor& reset_mask, const MaybeTensor& reset_h) {
-  const Shape shape{z.directions, z.batch, directions[0].weight_hh->size(0)};
-  if (!h_0 && !reset_h) return torch::stable::new_zeros(like, shape);
-  Tensor product = empty(like, shape);
-  for (int d = 0; d < z.directions; ++d) {
-    Tensor h = h_0 ? torch::stable::select(*h_0, 0, d) : torch::stable::new_zeros(like, {z.batch, z.hidden_out});
-    if (reset_mask && d == 0) {  // the reverse direction starts with its only step and crosses no edge
-      const Tensor replaced = reset_h ? torch::stable::select(*reset_h, 0, d) : torch::stable::new_zeros(h, {z.batch, z.hidden_out});
-      h = where(torch::stable::transpose(*reset_mask, 0, 1), replaced, h);
-    }
-    multiply_into(h, torch::stable::transpose(*directions[d].weight_hh, 0, 1), torch::stable::select(product, 0, d));
-  }
-  return product;
 }
 
 }  // namespace binding

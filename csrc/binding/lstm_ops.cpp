@@ -22,30 +22,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
   p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, z.hidden_out});
   p.c_0 = arguments.pointer("c_0", c_0, {z.directions, z.batch, z.hidden});
+  add_input(arguments, input, directions, p);
   const cpu::Plan plan(z, p.boundaries, false);
   p.schedule = plan.schedule();
 
-  Tensor gates = empty(input, {z.steps, z.batch, z.directions, 4 * static_cast<int64_t>(z.hidden)});
-  const bool direct = takes_input_directly(arguments, input, directions, p);
-  if (!direct) project_input(op, input, directions, gates);
-  Tensor hidden_gates;
-  if (z.steps == 1 && !direct && !z.projection) {
-    hidden_gates = project_state(z, directions, input, h_0, reset_mask, reset_h);
-    p.hidden_gates = hidden_gates.const_data_ptr();
-  }
   Tensor output = empty(input, {z.steps, z.batch, z.directions * static_cast<int64_t>(z.hidden_out)});
   Tensor h_n = empty(input, {z.directions, z.batch, z.hidden_out}), c_n = empty(input, {z.directions, z.batch, z.hidden});
   const bool keep_c = training || return_states, save_gates = training && !recompute;
   Tensor c_states = empty(input, keep_c ? Shape{z.steps, z.batch, z.directions, z.hidden} : Shape{0});
-  p.gates = gates.mutable_data_ptr();
-  p.gate_columns = gates.size(3);
-  p.save_gates = save_gates;
+  Tensor gates = empty(input, save_gates ? Shape{z.steps, z.batch, z.directions, 4 * static_cast<int64_t>(z.hidden)} : Shape{0});
+  p.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
   p.c_states = keep_c ? c_states.mutable_data_ptr() : nullptr;
   p.h_n = h_n.mutable_data_ptr();
   p.c_n = c_n.mutable_data_ptr();
   run_on_cpu(cpu::kernels().forward_workspace, cpu::kernels().forward, p);
-  return {output, h_n, c_n, c_states, save_gates ? gates : empty(input, {0})};
+  return {output, h_n, c_n, c_states, gates};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(

@@ -72,6 +72,13 @@ class Arguments {
   const void* pointer(const char* name, const MaybeTensor& tensor, const Shape& shape) {
     return tensor ? pointer(name, *tensor, shape) : nullptr;
   }
+  // A tensor of three dimensions keeps the strides of the first two.
+  const void* rows(const char* name, const Tensor& tensor, const Shape& shape, int64_t& stride_0, int64_t& stride_1) {
+    const Tensor& kept = keep(name, tensor, shape, dtype_, tensor.stride(2) == 1);
+    stride_0 = kept.stride(0);
+    stride_1 = kept.stride(1);
+    return kept.const_data_ptr();
+  }
   const int64_t* lengths(const MaybeTensor& tensor, int64_t batch) {
     return tensor ? static_cast<const int64_t*>(keep("lengths", *tensor, {batch}, ScalarType::Long).const_data_ptr()) : nullptr;
   }
@@ -87,10 +94,10 @@ class Arguments {
   }
 
  private:
-  const Tensor& keep(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) {
+  const Tensor& keep(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype, bool as_it_is = false) {
     check_shape(op_, name, tensor, shape);
     check_type(op_, name, tensor, dtype);
-    kept_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    kept_.push_back(as_it_is || tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
     return kept_.back();
   }
 
@@ -144,12 +151,6 @@ inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that was returned
-}
-
-inline Tensor where(const Tensor& condition, const Tensor& yes, const Tensor& no) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(condition), torch::stable::detail::from(yes), torch::stable::detail::from(no)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::where", "self", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace binding

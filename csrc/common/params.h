@@ -51,7 +51,7 @@ struct Sizes {
 
 // One direction's parameters.
 struct Weights {
-  const void* weight_ih;  // (G * H, I); read where ForwardParams::input is given
+  const void* weight_ih;  // (G * H, I); read in forward
   const void* weight_hh;  // (G * H, Hout)
   const void* weight_hr;  // (P, H) or null
   const void* bias_ih;    // (G * H,) or null
@@ -65,20 +65,9 @@ struct ForwardParams {
   Weights weights[max_directions];
   const void* h_0;  // (D, N, Hout) or null
   const void* c_0;  // (D, N, H) or null; LSTM
-  // (N, I), the input of the only step, or null. Given, the kernel computes both products of the step from the weights as
-  // they are: for a few sequences that takes less time than packing them, or than calling anything else. Only for L = 1
-  // without projection.
-  const void* input;
-  int64_t input_size;
-  // (L, N, D, gate_columns), gate_columns >= G * H. On entry the first G * H columns hold x @ W_ih^T, without bias (if
-  // `input` is given they hold nothing).
-  // With save_gates (gate_columns = 4 * H) they leave holding the activated gates: i, f, g, o or r, z, n, hidden half of n.
-  void* gates;
-  int64_t gate_columns;
-  bool save_gates;
-  // (D, N, G * H), h @ W_hh^T of the only step, or null to have the kernel compute it. Only for L = 1 without
-  // projection.
-  const void* hidden_gates;
+  const void* input;  // (L, N, I) with strides; elements of one step of one sequence are contiguous
+  int64_t input_size, input_step_stride, input_batch_stride;
+  void* gates;     // (L, N, D, 4 * H) or null: the activated gates, i, f, g, o or r, z, n, hidden half of n
   void* output;    // (L, N, D * Hout)
   void* c_states;  // (L, N, D, H) or null; LSTM
   void* h_n;       // (D, N, Hout)

@@ -68,7 +68,7 @@ class Backward {
     run_items(threads_, grid_.workers() > 1, z_.directions * (blocks_ + hidden_blocks_), pack);
     for (int d = 0; d < z_.directions; ++d)
       for (int64_t u = 0; p_.recompute && u < hidden_pad_; u += width)
-        pack_bias<T, kind>(p_.weights[d], z_.hidden, u, hidden_pad_, bias_ + d * 4 * hidden_pad_);
+        pack_bias<T, kind>(p_.weights[d], z_.hidden, u, bias_ + (d * hidden_pad_ + u) * 4);
     walks_.start(p_.schedule, grid_, 0);
     auto begin = [this](int64_t n) { begin_sequence(n); };
     run_items(threads_, false, z_.batch, begin);
@@ -150,15 +150,17 @@ class Backward {
     const int64_t k = round / phases();
     const bool after_projection = round % phases() == 1;
     if (k > 0 && !after_projection) walks_.advance(worker, true);
-    const auto visit = [&](int d, int64_t first, int lanes, int64_t block) {
-      const Walk& walk = walks_.at(worker, d);
-      if (after_projection) {
-        cell_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
-      } else {
-        state_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
-      }
-    };
-    for_each_tile(grid_, z_.directions, after_projection ? hidden_blocks_ : blocks_, max_rows, worker, walks_.active(worker), visit);
+    const int64_t blocks = after_projection ? hidden_blocks_ : blocks_;
+    for_each_tile(grid_, share_of(grid_, z_.directions * blocks, worker), {0, walks_.active(worker)}, max_rows,
+                  [&](int64_t item, int64_t i, int lanes) {
+                    const int d = static_cast<int>(item / blocks);
+                    const Walk& walk = walks_.at(worker, d);
+                    if (after_projection) {
+                      cell_tile(k, d, walk.lanes + i, lanes, walk.first_row + i, item % blocks);
+                    } else {
+                      state_tile(k, d, walk.lanes + i, lanes, walk.first_row + i, item % blocks);
+                    }
+                  });
   }
 
   // Whether anything asks for the gradient of the hidden state that entered a finished segment.
@@ -259,7 +261,7 @@ class Backward {
   void load_gates(int64_t at, int d, int64_t u, V (&values)[4]) const {
     const T* gates = static_cast<const T*>(p_.gates) + at * 4 * z_.hidden + u;
     for (int g = 0; g < 4; ++g) values[g] = load(gates + g * z_.hidden, count(u, z_.hidden));
-    for (int g = 0; g < 4 && p_.recompute; ++g) values[g] += load(bias_ + (d * 4 + g) * hidden_pad_ + u);
+    for (int g = 0; g < 4 && p_.recompute; ++g) values[g] += load(bias_ + (d * hidden_pad_ + u) * 4 + g * width);
   }
 
   V lstm_units(int64_t t, int d, const Lane& lane, int64_t u, V grad_m, V grad_c, V (&grad_pre)[4]) {
@@ -309,7 +311,7 @@ class Backward {
   int64_t hidden_pad_, out_pad_;    // sizes in whole vectors
   int columns_;                     // vectors in a block of outputs
   int64_t blocks_, hidden_blocks_;  // of hidden (or projected) units; of hidden units behind a projection
-  A* bias_;                         // (D, 4, hidden_pad), where the gates are computed again
+  A* bias_;                         // (D, blocks of one vector, 4, width), where the gates are computed again
   A* grad_product_[2];              // (D, rows, G * H): gradients of the hidden halves, even and odd rounds
   A* direct_;                       // (D, rows, out_pad): what reaches h beside the product; GRU
   A* grad_c_;                       // (D, rows, hidden_pad); LSTM

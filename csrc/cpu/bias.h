@@ -8,10 +8,10 @@ namespace hsm {
 namespace cpu {
 namespace HSM_ISA {
 
-// Units u.. of `bias` (4, hidden_pad). Rows: LSTM the summed biases of its gates; GRU r and z summed, then n's input and hidden
+// One vector of units from u on for each row of `bias` (4, width). Rows: LSTM the summed biases of its gates; GRU r and z summed, then n's input and hidden
 // bias apart.
 template <class T, CellKind kind, class A>
-void pack_bias(const Weights& w, int64_t hidden, int64_t u, int64_t hidden_pad, A* bias) {
+void pack_bias(const Weights& w, int64_t hidden, int64_t u, A* bias) {
   constexpr bool is_lstm = kind == CellKind::lstm;
   const T* ih = static_cast<const T*>(w.bias_ih);
   const T* hh = static_cast<const T*>(w.bias_hh);
@@ -22,7 +22,7 @@ void pack_bias(const Weights& w, int64_t hidden, int64_t u, int64_t hidden_pad, 
     Vector<A> sum{};
     if (ih && input_half) sum += load(ih + at, units);
     if (hh && hidden_half) sum += load(hh + at, units);
-    store(sum, bias + g * hidden_pad + u);
+    store(sum, bias + g * lanes<A>());
   }
 }
 

@@ -1,6 +1,9 @@
-// The forward recurrence of one layer. Every round is a product (states @ W_hh^T) whose tiles go through the cell equations
-// while they are in cache; with a projection a second product follows. Each slot of the schedule takes one step a round. When it
-// has ended a segment, it goes on with the state that enters the next one.
+// The forward pass of one layer. Every round is a product (states @ W_hh^T) whose tiles go through the cell equations while they are
+// in cache; with a projection a second product follows. Each slot of the schedule takes one step a round. When it has ended a segment,
+// it goes on with the state that enters the next one.
+//
+// The input's product (x @ W_ih^T + biases) is computed for a chunk of rounds at a time, small enough to stay in cache: each worker
+// does that for the hidden units that are its own, and starts the recurrent sums from it.
 #pragma once
 
 #include "common/cell_math.h"
@@ -29,26 +32,35 @@ class Forward {
     out_pad_ = round_up(z_.hidden_out, width);
     blocks_ = hidden_pad_ / width;
     out_blocks_ = z_.projection ? (out_pad_ / width + max_columns - 1) / max_columns : 0;
-    const double rows = gate_count * static_cast<double>(z_.hidden) * z_.hidden_out * z_.directions;
-    packs_ = !p_.hidden_gates && !p_.input;
-    grid_ = p_.hidden_gates ? Grid{1, 1, false}
-                            : choose_grid(threads.count, p_.schedule, max_rows, 2 * rows * p_.schedule.slots, rows * sizeof(A),
-                                          blocks_ * z_.directions);
+    // For one step of a few sequences packing the weights takes longer than the step.
+    constexpr int64_t few = 4;
+    packs_ = z_.steps != 1 || z_.batch > few || z_.projection;
+    const double rows = gate_count * static_cast<double>(z_.hidden) * z_.directions;
+    const double flops = 2 * rows * static_cast<double>(z_.hidden_out + p_.input_size) * p_.schedule.slots;
+    grid_ = choose_grid(threads.count, p_.schedule, max_rows, flops, rows * z_.hidden_out * sizeof(A), blocks_ * z_.directions);
     const int64_t lanes = Slots::rows_of_a_group(p_.schedule, grid_.batch_groups);
     rows_ = lanes * grid_.batch_groups;
+    choose_chunk(lanes);
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_;
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
     walks_ = Walks(arena, grid_, z_.directions, lanes);
+    chunks_ = arena.take<Chunk>(grid_.workers());
+    for (int64_t worker = 0; worker < grid_.workers(); ++worker) {
+      const Chunk chunk{arena.take<Lane>(lanes), arena.take<int64_t>(chunk_rounds_ + 1),
+                        arena.take<A>(z_.directions * chunk_rows_ * p_.input_size), arena.take<A>(share_ * chunk_rows_ * 4 * width)};
+      if (chunk.lanes) chunks_[worker] = chunk;
+    }
     bias_ = arena.take<A>(z_.directions * 4 * hidden_pad_);
     for (A*& h : h_) h = arena.take<A>(states * out_pad_);
     c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
     m_ = arena.take<A>(z_.projection ? states * hidden_pad_ : 0);
     for (int d = 0; d < z_.directions; ++d) {
-      packed_[d] = arena.take<A>(packs_ ? hidden_pad_ * gate_count * z_.hidden_out : 0);
+      const auto packed = [&](int64_t depth) { return arena.take<A>(packs_ ? hidden_pad_ * gate_count * depth : 0); };
+      ih_[d] = {static_cast<const T*>(p_.weights[d].weight_ih), p_.input_size, packed(p_.input_size)};
+      hh_[d] = {static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, packed(z_.hidden_out)};
       packed_hr_[d] = arena.take<A>(z_.projection ? out_blocks_ * max_columns * width * z_.hidden : 0);
     }
-    input_ = arena.take<A>(p_.input ? z_.batch * p_.input_size : 0);
     workspace_bytes_ = arena.used();
   }
 
@@ -64,37 +76,62 @@ class Forward {
       for (int d = 0; d < z_.directions; ++d) enter_first(d, walks_.at(group * grid_.unit_groups, d));
     auto end = [this](int64_t n) { end_sequence(n); };
     if (at_.boundaries.lengths || z_.steps == 0) run_items(threads_, parallel, z_.batch, end);
-    for (int64_t k = 0; p_.input && k < z_.batch * p_.input_size; k += width) {
-      const int elements = count(k, z_.batch * p_.input_size);
-      store(load(static_cast<const T*>(p_.input) + k, elements), input_ + k, elements);
-    }
     auto round = [this](int64_t r, int64_t worker) { run_round(r, worker); };
     run_in_rounds(threads_, grid_, barriers_, p_.schedule.rounds * phases(), round);
   }
 
  private:
+  // Rows of W, the gates', and the same packed in blocks of one vector of units.
+  struct Matrix {
+    const T* rows;
+    int64_t depth;
+    A* packed;
+  };
+
+  // What a worker knows of the rounds that it has projected the input of. A row is one step of one lane.
+  struct Chunk {
+    Lane* lanes;          // to look ahead with
+    int64_t* first_rows;  // of each round
+    A* input;             // (D, rows, I)
+    // (items of the worker, rows, 4, width): what the recurrent sums start from; for GRU r, z and the hidden half of n, then the
+    // input half of n.
+    A* starts;
+  };
+
   int phases() const { return z_.projection ? 2 : 1; }
   int count(int64_t u, int64_t size) const { return static_cast<int>(smaller(width, size - u)); }
   A* h_now(int64_t k, int d, int64_t row) const { return h_[k % 2] + (d * rows_ + row) * out_pad_; }
   A* h_next(int64_t k, int d, int64_t row) const { return h_[(k + 1) % 2] + (d * rows_ + row) * out_pad_; }
   A* c_at(int d, int64_t row) const { return c_ + (d * rows_ + row) * hidden_pad_; }
   A* m_at(int d, int64_t row) const { return m_ + (d * rows_ + row) * hidden_pad_; }
+  const A* bias_at(int d, int64_t u) const { return bias_ + (d * hidden_pad_ + u) * 4; }
   int64_t place(int64_t t, int d, int64_t n) const { return (t * z_.batch + n) * z_.directions + d; }
   // Elements u.. of sequence n in a (D, N, size) tensor that may be missing: zeros then.
   V state_at(const void* tensor, int d, int64_t n, int64_t size, int64_t u) const {
     return tensor ? load(static_cast<const T*>(tensor) + (d * z_.batch + n) * size + u, count(u, size)) : V{};
   }
 
+  // As many rounds as the near cache holds the input's product of, or one round of a part of the lanes.
+  void choose_chunk(int64_t lanes) {
+    constexpr int64_t bytes = 256e3, fewest_rows = 8 * max_rows;  // fewer rows make too little of a load of the weights
+    share_ = (z_.directions * blocks_ + grid_.unit_groups - 1) / grid_.unit_groups;
+    const int64_t fitting = bytes / (share_ * 4 * width * static_cast<int64_t>(sizeof(A)));
+    const int64_t rows = larger(fitting / max_rows * max_rows, fewest_rows);
+    chunk_lanes_ = larger(1, smaller(lanes, rows));
+    chunk_rounds_ = larger(1, smaller(p_.schedule.rounds, rows / chunk_lanes_));
+    chunk_rows_ = chunk_lanes_ * chunk_rounds_;
+  }
+
   void pack_item(int64_t item) {
     const int d = static_cast<int>(item / (blocks_ + out_blocks_));
     const int64_t block = item % (blocks_ + out_blocks_);
-    const Weights& w = p_.weights[d];
     if (block >= blocks_) return pack_projection(d, block - blocks_);
     const int64_t u = block * width;
-    for (int g = 0; g < gate_count && packs_; ++g)
-      pack_transposed(static_cast<const T*>(w.weight_hh), z_.hidden_out, z_.hidden_out, g * static_cast<int64_t>(z_.hidden) + u, count(u, z_.hidden),
-                      gate_count * width, packed_[d] + u * gate_count * z_.hidden_out + g * width);
-    pack_bias<T, kind>(w, z_.hidden, u, hidden_pad_, bias_ + d * 4 * hidden_pad_);
+    for (const Matrix& w : {ih_[d], hh_[d]})
+      for (int g = 0; g < gate_count && packs_; ++g)
+        pack_transposed(w.rows, w.depth, w.depth, g * static_cast<int64_t>(z_.hidden) + u, count(u, z_.hidden), gate_count * width,
+                        w.packed + u * gate_count * w.depth + g * width);
+    pack_bias<T, kind>(p_.weights[d], z_.hidden, u, bias_ + (d * hidden_pad_ + u) * 4);
   }
 
   void pack_projection(int d, int64_t block) {
@@ -134,7 +171,7 @@ class Forward {
     for (int64_t t = larger(length, 0); t < z_.steps; ++t) {
       clear(p_.output, t, n, z_.hidden_out);
       if (p_.c_states) clear(p_.c_states, t, n, z_.hidden);
-      if (p_.save_gates) clear(p_.gates, t, n, p_.gate_columns);
+      if (p_.gates) clear(p_.gates, t, n, 4 * static_cast<int64_t>(z_.hidden));
     }
     if (length > 0) return;
     for (int d = 0; d < z_.directions; ++d) {
@@ -155,90 +192,113 @@ class Forward {
 
   void run_round(int64_t round, int64_t worker) {
     const int64_t k = round / phases();
-    const bool projecting = round % phases() == 1;
-    if (k > 0 && !projecting) walks_.advance(worker, false);
-    const auto visit = [&](int d, int64_t first, int lanes, int64_t block) {
-      const Walk& walk = walks_.at(worker, d);
-      if (projecting) {
-        project_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
-      } else {
-        compute_tile(k, d, walk.lanes + first, lanes, walk.first_row + first, block);
-      }
-    };
-    for_each_tile(grid_, z_.directions, projecting ? out_blocks_ : blocks_, max_rows, worker, walks_.active(worker), visit);
-  }
-
-  // `lanes` and `row`: the first lane of the tile, and its row of states.
-  void compute_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
-    alignas(64) A product[max_rows * gate_count * width];
-    const int64_t u = block * width;
-    if (p_.input) {
-      multiply_step(d, lanes, lane_count, row, u, product);
-    } else if (p_.hidden_gates) {
-      load_product(d, lanes, lane_count, u, product);
-    } else {
-      multiply_block<A, gate_count>(lane_count, h_now(k, d, row), out_pad_, 1, packed_[d] + u * gate_count * z_.hidden_out, z_.hidden_out, product);
+    if (round % phases() == 1) return project_round(k, worker);
+    if (k > 0) walks_.advance(worker, false);
+    const Range items = share_of(grid_, z_.directions * blocks_, worker);
+    const int64_t active = walks_.active(worker);
+    for (int64_t first = 0; first < active; first += chunk_lanes_) {
+      const Range lanes{first, smaller(first + chunk_lanes_, active)};
+      if (k % chunk_rounds_ == 0) project_input(worker, items, lanes);
+      const Chunk& chunk = chunks_[worker];
+      const int64_t first_row = chunk.first_rows[k % chunk_rounds_] - first;
+      for_each_tile(grid_, items, lanes, max_rows, [&](int64_t item, int64_t i, int rows) {
+        const int d = static_cast<int>(item / blocks_);
+        const Walk& walk = walks_.at(worker, d);
+        const A* starts = chunk.starts + ((item - items.begin) * chunk_rows_ + first_row + i) * 4 * width;
+        compute_tile(k, d, walk.lanes + i, rows, walk.first_row + i, item % blocks_, starts);
+      });
     }
-    for (int r = 0; r < lane_count; ++r) compute_units(k, d, lanes[r], row + r, u, product + r * gate_count * width);
   }
 
-  // Both products of the only step, from the weights as they are.
-  void multiply_step(int d, const Lane* lanes, int lane_count, int64_t first_row, int64_t u, A* product) {
-    const T* ih = static_cast<const T*>(p_.weights[d].weight_ih);
-    const T* hh = static_cast<const T*>(p_.weights[d].weight_hh);
+  // The product of the input that some lanes take in the next rounds.
+  void project_input(int64_t worker, const Range& items, const Range& lanes) {
+    Chunk& chunk = chunks_[worker];
+    for (int d = 0; d < z_.directions; ++d) look_ahead(walks_.at(worker, d), lanes, chunk, chunk.input + d * chunk_rows_ * p_.input_size);
+    const Range rows{0, chunk.first_rows[chunk_rounds_]};
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const int d = static_cast<int>(item / blocks_);
+      const A* input = chunk.input + d * chunk_rows_ * p_.input_size;
+      A* starts = chunk.starts + (item - items.begin) * chunk_rows_ * 4 * width;
+      for (int64_t row = 0; row < rows.end; row += max_rows)
+        start_rows(d, item % blocks_ * width, static_cast<int>(smaller(max_rows, rows.end - row)), input + row * p_.input_size,
+                   starts + row * 4 * width);
+    }
+  }
+
+  // Brings together the input of the rounds that follow, and counts their rows.
+  void look_ahead(const Walk& walk, const Range& lanes, Chunk& chunk, A* input) {
+    Walk ahead{chunk.lanes, walk.active, walk.first_row};
+    memcpy(ahead.lanes, walk.lanes, walk.active * sizeof(Lane));
+    int64_t row = 0;
+    for (int64_t k = 0; k < chunk_rounds_; ++k) {
+      chunk.first_rows[k] = row;
+      for (int64_t i = lanes.begin; i < smaller(lanes.end, ahead.active); ++i, ++row) {
+        const T* from = static_cast<const T*>(p_.input) + ahead.lanes[i].step() * p_.input_step_stride +
+                        ahead.lanes[i].segment->sequence * p_.input_batch_stride;
+        A* to = input + row * p_.input_size;
+        for (int64_t j = 0; j < p_.input_size; j += width) store(load(from + j, count(j, p_.input_size)), to + j, count(j, p_.input_size));
+      }
+      ahead.advance(false);
+    }
+    chunk.first_rows[chunk_rounds_] = row;
+  }
+
+  // x @ W_ih^T + biases, as Chunk::starts has it.
+  void start_rows(int d, int64_t u, int rows, const A* input, A* starts) {
+    alignas(64) A product[max_rows * gate_count * width];
+    const A* bias = bias_at(d, u);
+    multiply(ih_[d], u, rows, {bias, 0}, input, p_.input_size, is_lstm ? starts : product);
+    for (int r = 0; r < rows && !is_lstm; ++r) {
+      A* start = starts + r * 4 * width;
+      for (int g = 0; g < gate_count; ++g) store(load(product + (r * gate_count + g) * width), start + (g < 2 ? g : 3) * width);
+      store(load(bias + 3 * width), start + 2 * width);
+    }
+  }
+
+  // The gates of one vector of units from u on for some rows of states.
+  void multiply(const Matrix& w, int64_t u, int rows, Start<A> start, const A* states, int64_t row_stride, A* result) {
+    if (packs_) return multiply_block<A, gate_count>(rows, start, states, row_stride, 1, w.packed + u * gate_count * w.depth, w.depth, result);
     const int units = count(u, z_.hidden);
     for (int g = 0; g < gate_count; ++g)
-      for (int r = 0; r < lane_count; ++r) {
-        const int64_t n = lanes[r].segment->sequence, weight_row = g * static_cast<int64_t>(z_.hidden) + u;
-        T* gates = static_cast<T*>(p_.gates) + place(0, d, n) * p_.gate_columns + weight_row;
-        A* out = product + (r * gate_count + g) * width;
-        store(V{}, out);
-        multiply_unpacked(input_ + n * p_.input_size, ih + weight_row * p_.input_size, p_.input_size, units, out);
-        store(load(out), gates, units);
-        multiply_unpacked(h_now(0, d, first_row + r), hh + weight_row * z_.hidden_out, z_.hidden_out, units, out);
+      for (int r = 0; r < rows; ++r) {
+        alignas(64) A sums[width] = {};
+        multiply_unpacked(states + r * row_stride, w.rows + (g * static_cast<int64_t>(z_.hidden) + u) * w.depth, w.depth, units, sums);
+        store(load(start.data + r * start.row_stride + g * width) + load(sums), result + (r * gate_count + g) * width);
       }
   }
 
-  void load_product(int d, const Lane* lanes, int lane_count, int64_t u, A* product) {
-    for (int r = 0; r < lane_count; ++r)
-      for (int g = 0; g < gate_count; ++g) {
-        const int64_t row = d * z_.batch + lanes[r].segment->sequence;
-        const T* from = static_cast<const T*>(p_.hidden_gates) + (row * gate_count + g) * z_.hidden + u;
-        store(load(from, count(u, z_.hidden)), product + (r * gate_count + g) * width);
+  // `lanes` and `row`: the first lane of the tile, and its row of states. `starts`: its first row of Chunk::starts.
+  void compute_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block, const A* starts) {
+    alignas(64) A product[max_rows * gate_count * width];
+    const int64_t u = block * width;
+    multiply(hh_[d], u, lane_count, {starts, 4 * width}, h_now(k, d, row), out_pad_, product);
+    for (int r = 0; r < lane_count; ++r) {
+      const A* hidden = product + r * gate_count * width;
+      V m;
+      if constexpr (is_lstm) {
+        m = lstm_units(d, lanes[r], row + r, u, hidden);
+      } else {
+        m = gru_units(k, d, lanes[r], row + r, u, hidden, load(starts + (r * 4 + 3) * width));
       }
-  }
-
-  void compute_units(int64_t k, int d, const Lane& lane, int64_t row, int64_t u, const A* product) {
-    const int64_t t = lane.step();
-    T* gates = static_cast<T*>(p_.gates) + place(t, d, lane.segment->sequence) * p_.gate_columns + u;
-    V m;
-    if constexpr (is_lstm) {
-      m = lstm_units(t, d, lane, row, u, product, gates);
-    } else {
-      m = gru_units(k, d, row, u, product, gates);
-    }
-    if (z_.projection) {
-      store(m, m_at(d, row) + u);
-    } else {
-      emit_hidden(k, t, d, lane, row, u, m);
+      if (z_.projection) {
+        store(m, m_at(d, row + r) + u);
+      } else {
+        emit_hidden(k, d, lanes[r], row + r, u, m);
+      }
     }
   }
 
-  V lstm_units(int64_t t, int d, const Lane& lane, int64_t row, int64_t u, const A* product, T* gates) {
+  V lstm_units(int d, const Lane& lane, int64_t row, int64_t u, const A* product) {
     const int units = count(u, z_.hidden);
     V pre[4];
-    for (int g = 0; g < 4; ++g)
-      pre[g] = load(gates + g * z_.hidden, units) + load(product + g * width) + load(bias_ + (d * 4 + g) * hidden_pad_ + u);
+    for (int g = 0; g < 4; ++g) pre[g] = load(product + g * width);
     A* state = c_at(d, row) + u;
     const LstmGates<V> active = lstm_gates<Math>(pre);
     V c, m;
     lstm_cell_forward<Math>(active, load(state), c, m);
-    if (p_.save_gates) {
-      const V values[4] = {active.i, active.f, active.g, active.o};
-      for (int g = 0; g < 4; ++g) store(values[g], gates + g * z_.hidden, units);
-    }
-    const int64_t n = lane.segment->sequence;
-    if (p_.c_states) store(c, static_cast<T*>(p_.c_states) + place(t, d, n) * z_.hidden + u, units);
+    const int64_t n = lane.segment->sequence, at = place(lane.step(), d, n);
+    keep_gates({active.i, active.f, active.g, active.o}, at, u);
+    if (p_.c_states) store(c, static_cast<T*>(p_.c_states) + at * z_.hidden + u, units);
     if (lane.last()) {
       if (at_.leaves(d, *lane.segment)) store(c, static_cast<T*>(p_.c_n) + (d * z_.batch + n) * z_.hidden + u, units);
       c = entering_c(d, lane.next(), lane.end, u);
@@ -247,27 +307,25 @@ class Forward {
     return m;
   }
 
-  V gru_units(int64_t k, int d, int64_t row, int64_t u, const A* product, T* gates) {
-    const int units = count(u, z_.hidden);
-    const A* bias = bias_ + d * 4 * hidden_pad_ + u;
-    V pre[4];
-    for (int g = 0; g < 3; ++g) pre[g] = load(gates + g * z_.hidden, units) + load(bias + g * hidden_pad_);
-    for (int g = 0; g < 2; ++g) pre[g] += load(product + g * width);
-    pre[3] = load(product + 2 * width) + load(bias + 3 * hidden_pad_);
+  V gru_units(int64_t k, int d, const Lane& lane, int64_t row, int64_t u, const A* product, V input_n) {
+    const V pre[4] = {load(product), load(product + width), input_n, load(product + 2 * width)};
     const GruGates<V> active = gru_gates<Math>(pre);
-    if (p_.save_gates) {
-      const V values[4] = {active.r, active.z, active.n, active.h_n};
-      for (int g = 0; g < 4; ++g) store(values[g], gates + g * z_.hidden, units);
-    }
+    keep_gates({active.r, active.z, active.n, active.h_n}, place(lane.step(), d, lane.segment->sequence), u);
     return gru_cell_forward(active, load(h_now(k, d, row) + u));
+  }
+
+  HSM_INLINE void keep_gates(const V (&gates)[4], int64_t at, int64_t u) {
+    if (!p_.gates) return;
+    T* to = static_cast<T*>(p_.gates) + at * 4 * z_.hidden + u;
+    for (int g = 0; g < 4; ++g) store(gates[g], to + g * z_.hidden, count(u, z_.hidden));
   }
 
   // Writes the hidden state of a step, and what the next step starts from. The next step gets what was written, rounded as
   // it was, so that a sequence run in two calls gives the same bits.
-  HSM_INLINE void emit_hidden(int64_t k, int64_t t, int d, const Lane& lane, int64_t row, int64_t u, V h) {
+  HSM_INLINE void emit_hidden(int64_t k, int d, const Lane& lane, int64_t row, int64_t u, V h) {
     const int units = count(u, z_.hidden_out);
     const int64_t n = lane.segment->sequence;
-    T* out = static_cast<T*>(p_.output) + place(t, d, n) * z_.hidden_out + u;
+    T* out = static_cast<T*>(p_.output) + place(lane.step(), d, n) * z_.hidden_out + u;
     store(h, out, units);
     if (lane.last()) {
       if (at_.leaves(d, *lane.segment)) store(h, static_cast<T*>(p_.h_n) + (d * z_.batch + n) * z_.hidden_out + u, units);
@@ -278,14 +336,23 @@ class Forward {
     store(h, h_next(k, d, row) + u);
   }
 
+  void project_round(int64_t k, int64_t worker) {
+    for_each_tile(grid_, share_of(grid_, z_.directions * out_blocks_, worker), {0, walks_.active(worker)}, max_rows,
+                  [&](int64_t item, int64_t i, int rows) {
+                    const int d = static_cast<int>(item / out_blocks_);
+                    const Walk& walk = walks_.at(worker, d);
+                    project_tile(k, d, walk.lanes + i, rows, walk.first_row + i, item % out_blocks_);
+                  });
+  }
+
   void project_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
     constexpr int outputs = max_columns * width;
     alignas(64) A product[max_rows * outputs];
-    multiply_block<A, max_columns>(lane_count, m_at(d, row), hidden_pad_, 1, packed_hr_[d] + block * outputs * z_.hidden, z_.hidden,
+    multiply_block<A, max_columns>(lane_count, {}, m_at(d, row), hidden_pad_, 1, packed_hr_[d] + block * outputs * z_.hidden, z_.hidden,
                                    product);
     for (int r = 0; r < lane_count; ++r)
       for (int64_t u = block * outputs; u < smaller((block + 1) * outputs, out_pad_); u += width)
-        emit_hidden(k, lanes[r].step(), d, lanes[r], row + r, u, load(product + r * outputs + (u - block * outputs)));
+        emit_hidden(k, d, lanes[r], row + r, u, load(product + r * outputs + (u - block * outputs)));
   }
 
   const ForwardParams& p_;
@@ -298,13 +365,15 @@ class Forward {
   int64_t rows_;                  // of states, in each direction
   int64_t hidden_pad_, out_pad_;  // sizes in whole vectors
   int64_t blocks_, out_blocks_;   // of hidden units, one vector each; of projected units, max_columns vectors each
-  A* bias_;                       // (D, 4, hidden_pad)
+  int64_t share_;                 // the most blocks, of all directions, that one worker has
+  int64_t chunk_lanes_, chunk_rounds_, chunk_rows_;  // the last is their product
+  Chunk* chunks_;                 // of each worker
+  A* bias_;                       // (D, blocks, 4, width)
   A* h_[2];                       // (D, rows, out_pad): what enters even and odd rounds
   A* c_;                          // (D, rows, hidden_pad)
   A* m_;                          // (D, rows, hidden_pad): hidden state before the projection
-  bool packs_;                    // whether the recurrent weights are packed
-  A* input_;                      // (N, I), where the kernel computes the input's product
-  A* packed_[max_directions];
+  bool packs_;                    // whether the weights are packed
+  Matrix ih_[max_directions], hh_[max_directions];
   A* packed_hr_[max_directions];
   size_t workspace_bytes_;
 };

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define HSM_ISA avx512
 #define HSM_VECTOR_BYTES 64

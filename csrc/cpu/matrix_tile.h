@@ -4,6 +4,8 @@
 // and in a block one group of `columns` vectors per row of W. Outputs behind the end are zero.
 #pragma once
 
+#include <utility>
+
 #include "cpu/simd.h"
 
 namespace hsm {
@@ -18,17 +20,31 @@ constexpr int max_rows = 2;
 #endif
 constexpr int max_columns = 4;
 
+// Where the sums start: row r at data + r * row_stride. Nowhere: from zero.
+template <class A>
+struct Start {
+  const A* data = nullptr;
+  int64_t row_stride = 0;
+};
+
 // The sums run in the same order whatever the number of rows: a sequence gives the same bits in any batch.
 // Element k of row r of the states is state[r * row_stride + k * depth_stride].
 template <class A, int rows, int columns>
 HSM_INLINE void multiply_rows(
-    const A* state, int64_t row_stride, int64_t depth_stride, const A* packed, int64_t depth, A* result) {
+    Start<A> start, const A* state, int64_t row_stride, int64_t depth_stride, const A* packed, int64_t depth, A* result) {
   constexpr int width = lanes<A>();
   Vector<A> sums[rows][columns];
+  if (start.data) {
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v) sums[r][v] = Vector<A>{};
+      for (int v = 0; v < columns; ++v) memcpy(&sums[r][v], start.data + r * start.row_stride + v * width, sizeof(Vector<A>));
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < columns; ++v) sums[r][v] = Vector<A>{};
+  }
   for (int64_t k = 0; k < depth; ++k) {
     Vector<A> weights[columns];
 #pragma GCC unroll 4
@@ -48,16 +64,16 @@ HSM_INLINE void multiply_rows(
 
 template <class A, int columns>
 void multiply_block(
-    int rows, const A* state, int64_t row_stride, int64_t depth_stride, const A* packed, int64_t depth, A* result) {
+    int rows, Start<A> start, const A* state, int64_t row_stride, int64_t depth_stride, const A* packed, int64_t depth, A* result) {
   static_assert(max_rows <= 6, "the switch below lists every number of rows");
   switch (rows) {
-    case 1: return multiply_rows<A, 1, columns>(state, row_stride, depth_stride, packed, depth, result);
-    case 2: return multiply_rows<A, 2, columns>(state, row_stride, depth_stride, packed, depth, result);
+    case 1: return multiply_rows<A, 1, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 2: return multiply_rows<A, 2, columns>(start, state, row_stride, depth_stride, packed, depth, result);
 #if HSM_VECTOR_REGISTERS >= 32
-    case 3: return multiply_rows<A, 3, columns>(state, row_stride, depth_stride, packed, depth, result);
-    case 4: return multiply_rows<A, 4, columns>(state, row_stride, depth_stride, packed, depth, result);
-    case 5: return multiply_rows<A, 5, columns>(state, row_stride, depth_stride, packed, depth, result);
-    case 6: return multiply_rows<A, 6, columns>(state, row_stride, depth_stride, packed, depth, result);
+    case 3: return multiply_rows<A, 3, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 4: return multiply_rows<A, 4, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 5: return multiply_rows<A, 5, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 6: return multiply_rows<A, 6, columns>(start, state, row_stride, depth_stride, packed, depth, result);
 #endif
   }
 }
@@ -67,10 +83,10 @@ template <class A>
 HSM_INLINE void multiply_tile(
     int rows, int columns, const A* state, int64_t state_stride, const A* packed, int64_t depth, A* result) {
   switch (columns) {
-    case 1: return multiply_block<A, 1>(rows, state, state_stride, 1, packed, depth, result);
-    case 2: return multiply_block<A, 2>(rows, state, state_stride, 1, packed, depth, result);
-    case 3: return multiply_block<A, 3>(rows, state, state_stride, 1, packed, depth, result);
-    case 4: return multiply_block<A, 4>(rows, state, state_stride, 1, packed, depth, result);
+    case 1: return multiply_block<A, 1>(rows, Start<A>{}, state, state_stride, 1, packed, depth, result);
+    case 2: return multiply_block<A, 2>(rows, Start<A>{}, state, state_stride, 1, packed, depth, result);
+    case 3: return multiply_block<A, 3>(rows, Start<A>{}, state, state_stride, 1, packed, depth, result);
+    case 4: return multiply_block<A, 4>(rows, Start<A>{}, state, state_stride, 1, packed, depth, result);
   }
 }
 
@@ -106,19 +122,49 @@ void multiply_unpacked(const A* state, const T* w, int64_t depth, int rows, A* p
   for (; j < rows; ++j) multiply_rows_unpacked<1>(state, w + j * depth, depth, products + j);
 }
 
+// a[0], b[0], a[1], b[1], ... from lane `first` on.
+template <int first, class V, int... k>
+HSM_INLINE V interleave(V a, V b, std::integer_sequence<int, k...>) {
+  return __builtin_shufflevector(a, b, (first + k / 2 + k % 2 * static_cast<int>(sizeof...(k)))...);
+}
+
+// Turns the rows of a square into its columns: each pass shuffles the rows, and the lanes within them, by one digit.
+template <class A>
+HSM_INLINE void transpose(Vector<A> (&rows)[lanes<A>()]) {
+  constexpr int width = lanes<A>();
+  constexpr std::make_integer_sequence<int, width> all{};
+#pragma GCC unroll 4
+  for (int pass = 1; pass < width; pass *= 2) {
+    Vector<A> shuffled[width];
+#pragma GCC unroll 8
+    for (int j = 0; j < width / 2; ++j) {
+      shuffled[2 * j] = interleave<0>(rows[j], rows[j + width / 2], all);
+      shuffled[2 * j + 1] = interleave<width / 2>(rows[j], rows[j + width / 2], all);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < width; ++j) rows[j] = shuffled[j];
+  }
+}
+
 // Packs rows of W (outputs, depth) as one vector of outputs per column of W: sums run over the columns, states @ W^T. The rows,
 // `row_stride` apart, are `first` and the ones behind it, up to `count`, at column k the vector `packed + k * stride`.
 template <class T, class A>
 void pack_transposed(const T* w, int64_t row_stride, int64_t depth, int64_t first, int count, int64_t stride, A* packed) {
   constexpr int width = lanes<A>();
-  T square[width][width];
   const T* rows = w + first * row_stride;
   for (int64_t k = 0; k < depth; k += width) {
-    // A square of `width` rows and columns at a time, so that every line of memory is touched once.
     const int columns = static_cast<int>(smaller(width, depth - k));
-    for (int j = 0; j < width; ++j)
-      for (int c = 0; c < width; ++c) square[c][j] = j < count && c < columns ? rows[j * row_stride + k + c] : T();
-    for (int c = 0; c < columns; ++c) store<A>(load(square[c]), packed + (k + c) * stride);
+    Vector<A> square[width];
+    if (count >= width && columns == width) {
+#pragma GCC unroll 16
+      for (int j = 0; j < width; ++j) square[j] = load(rows + j * row_stride + k);
+    } else {
+      for (int j = 0; j < width; ++j) square[j] = j < count ? load(rows + j * row_stride + k, columns) : Vector<A>{};
+    }
+    transpose<A>(square);
+#pragma GCC unroll 16
+    for (int c = 0; c < width; ++c)
+      if (c < columns) store<A>(square[c], packed + (k + c) * stride);
   }
 }
 

@@ -102,7 +102,7 @@ class Product {
     alignas(64) T product[max_rows * columns];
     for (int64_t first = 0; first < count; first += max_rows) {
       const int rows = static_cast<int>(smaller(max_rows, count - first));
-      multiply_block<T, max_columns>(rows, a.data + first * a.row_stride, a.row_stride, a.depth_stride, b, depth, product);
+      multiply_block<T, max_columns>(rows, Start<T>{}, a.data + first * a.row_stride, a.row_stride, a.depth_stride, b, depth, product);
       for (int r = 0; r < rows; ++r)
         for (int v = 0; v < max_columns; ++v) {
           const int units = static_cast<int>(smaller(width, p_.columns - j - v * width));

@@ -135,20 +135,21 @@ struct Walks {
   }
 };
 
-// Calls visit(direction, first lane, lanes, block) for the tiles of a worker's share of one product, whose outputs are cut into
-// `blocks` for each direction.
+// The items of a worker, of `items` that the workers of a group share: blocks of outputs, for all directions.
+inline Range share_of(const Grid& grid, int64_t items, int64_t worker) {
+  return Range::part(items, grid.unit_groups, worker % grid.unit_groups);
+}
+
+// Calls visit(item, first lane, lanes) for the tiles of some items and lanes.
 template <class Visit>
-void for_each_tile(const Grid& grid, int directions, int64_t blocks, int64_t lanes_per_tile, int64_t worker, int64_t active, Visit visit) {
-  const Range items = Range::part(directions * blocks, grid.unit_groups, worker % grid.unit_groups);
-  const auto visit_tile = [&](int64_t item, int64_t i) {
-    visit(static_cast<int>(item / blocks), i, static_cast<int>(smaller(lanes_per_tile, active - i)), item % blocks);
-  };
+void for_each_tile(const Grid& grid, const Range& items, const Range& lanes, int64_t lanes_per_tile, Visit visit) {
+  const auto visit_tile = [&](int64_t item, int64_t i) { visit(item, i, static_cast<int>(smaller(lanes_per_tile, lanes.end - i))); };
   if (grid.rows_outside) {
-    for (int64_t i = 0; i < active; i += lanes_per_tile)
+    for (int64_t i = lanes.begin; i < lanes.end; i += lanes_per_tile)
       for (int64_t item = items.begin; item < items.end; ++item) visit_tile(item, i);
   } else {
     for (int64_t item = items.begin; item < items.end; ++item)
-      for (int64_t i = 0; i < active; i += lanes_per_tile) visit_tile(item, i);
+      for (int64_t i = lanes.begin; i < lanes.end; i += lanes_per_tile) visit_tile(item, i);
   }
 }
 
