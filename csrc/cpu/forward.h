@@ -32,15 +32,20 @@ class Forward {
     out_pad_ = round_up(z_.hidden_out, width);
     blocks_ = hidden_pad_ / width;
     out_blocks_ = z_.projection ? (out_pad_ / width + max_columns - 1) / max_columns : 0;
-    // For one step of a few sequences packing the weights takes longer than the step.
-    constexpr int64_t few = 4;
-    packs_ = z_.steps != 1 || z_.batch > few || z_.projection;
     const double rows = gate_count * static_cast<double>(z_.hidden) * z_.directions;
-    const double flops = 2 * rows * static_cast<double>(z_.hidden_out + p_.input_size) * p_.schedule.slots;
+    const double weights = rows * static_cast<double>(z_.hidden_out + p_.input_size), flops = 2 * weights * p_.schedule.slots;
+    // For one step of a few sequences packing the weights takes longer than the step, the more so if they are not in the cache.
+    constexpr double near_cache = 1e6;
+    packs_ = z_.steps != 1 || z_.batch > (weights * sizeof(T) < near_cache ? 2 : 4);
     grid_ = choose_grid(threads.count, p_.schedule, max_rows, flops, rows * z_.hidden_out * sizeof(A), blocks_ * z_.directions);
     const int64_t lanes = Slots::rows_of_a_group(p_.schedule, grid_.batch_groups);
     rows_ = lanes * grid_.batch_groups;
     choose_chunk(lanes);
+    // Weights that every worker uses once are packed block by block as they are used, in cache.
+    const bool ih_once = packs_ && chunk_lanes_ == lanes && chunk_rounds_ == p_.schedule.rounds;
+    const bool hh_once = ih_once && chunk_rounds_ == 1 && grid_.batch_groups == 1;
+    if (hh_once) grid_.rows_outside = false;
+    const int64_t scratch = (ih_once ? p_.input_size : 0) + (hh_once ? z_.hidden_out : 0);
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_;
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
@@ -48,7 +53,8 @@ class Forward {
     chunks_ = arena.take<Chunk>(grid_.workers());
     for (int64_t worker = 0; worker < grid_.workers(); ++worker) {
       const Chunk chunk{arena.take<Lane>(lanes), arena.take<int64_t>(chunk_rounds_ + 1),
-                        arena.take<A>(z_.directions * chunk_rows_ * p_.input_size), arena.take<A>(share_ * chunk_rows_ * 4 * width)};
+                        arena.take<A>(z_.directions * chunk_rows_ * p_.input_size), arena.take<A>(share_ * chunk_rows_ * 4 * width),
+                        arena.take<A>(gate_count * width * scratch)};
       if (chunk.lanes) chunks_[worker] = chunk;
     }
     bias_ = arena.take<A>(z_.directions * 4 * hidden_pad_);
@@ -56,9 +62,9 @@ class Forward {
     c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
     m_ = arena.take<A>(z_.projection ? states * hidden_pad_ : 0);
     for (int d = 0; d < z_.directions; ++d) {
-      const auto packed = [&](int64_t depth) { return arena.take<A>(packs_ ? hidden_pad_ * gate_count * depth : 0); };
-      ih_[d] = {static_cast<const T*>(p_.weights[d].weight_ih), p_.input_size, packed(p_.input_size)};
-      hh_[d] = {static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, packed(z_.hidden_out)};
+      const auto packed = [&](bool once, int64_t depth) { return packs_ && !once ? arena.take<A>(hidden_pad_ * gate_count * depth) : nullptr; };
+      ih_[d] = {static_cast<const T*>(p_.weights[d].weight_ih), p_.input_size, packed(ih_once, p_.input_size)};
+      hh_[d] = {static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, packed(hh_once, z_.hidden_out)};
       packed_hr_[d] = arena.take<A>(z_.projection ? out_blocks_ * max_columns * width * z_.hidden : 0);
     }
     workspace_bytes_ = arena.used();
@@ -81,7 +87,7 @@ class Forward {
   }
 
  private:
-  // Rows of W, the gates', and the same packed in blocks of one vector of units.
+  // Rows of W, the gates', and the same packed in blocks of one vector of units, or null.
   struct Matrix {
     const T* rows;
     int64_t depth;
@@ -96,6 +102,7 @@ class Forward {
     // (items of the worker, rows, 4, width): what the recurrent sums start from; for GRU r, z and the hidden half of n, then the
     // input half of n.
     A* starts;
+    A* scratch;  // a packed block of each matrix that is used once
   };
 
   int phases() const { return z_.projection ? 2 : 1; }
@@ -111,9 +118,11 @@ class Forward {
     return tensor ? load(static_cast<const T*>(tensor) + (d * z_.batch + n) * size + u, count(u, size)) : V{};
   }
 
-  // As many rounds as the near cache holds the input's product of, or one round of a part of the lanes.
+  // As many rounds as the near cache holds the input's product of, or one round of a part of the lanes. A single round had better be
+  // in one piece, as then the weights need not be packed first.
   void choose_chunk(int64_t lanes) {
-    constexpr int64_t bytes = 256e3, fewest_rows = 8 * max_rows;  // fewer rows make too little of a load of the weights
+    constexpr int64_t fewest_rows = 8 * max_rows;  // fewer rows make too little of a load of the weights
+    const int64_t bytes = p_.schedule.rounds == 1 ? 1024e3 : 256e3;
     share_ = (z_.directions * blocks_ + grid_.unit_groups - 1) / grid_.unit_groups;
     const int64_t fitting = bytes / (share_ * 4 * width * static_cast<int64_t>(sizeof(A)));
     const int64_t rows = larger(fitting / max_rows * max_rows, fewest_rows);
@@ -128,10 +137,20 @@ class Forward {
     if (block >= blocks_) return pack_projection(d, block - blocks_);
     const int64_t u = block * width;
     for (const Matrix& w : {ih_[d], hh_[d]})
-      for (int g = 0; g < gate_count && packs_; ++g)
-        pack_transposed(w.rows, w.depth, w.depth, g * static_cast<int64_t>(z_.hidden) + u, count(u, z_.hidden), gate_count * width,
-                        w.packed + u * gate_count * w.depth + g * width);
+      if (w.packed) pack_block(w, u, w.packed + u * gate_count * w.depth);
     pack_bias<T, kind>(p_.weights[d], z_.hidden, u, bias_ + (d * hidden_pad_ + u) * 4);
+  }
+
+  void pack_block(const Matrix& w, int64_t u, A* packed) const {
+    for (int g = 0; g < gate_count; ++g)
+      pack_transposed(w.rows, w.depth, w.depth, g * static_cast<int64_t>(z_.hidden) + u, count(u, z_.hidden), gate_count * width, packed + g * width);
+  }
+
+  // The packed block of the units from u on; packed now, into `scratch`, if it was not.
+  const A* packed_block(const Matrix& w, int64_t u, A* scratch) const {
+    if (w.packed) return w.packed + u * gate_count * w.depth;
+    if (packs_) pack_block(w, u, scratch);
+    return scratch;
   }
 
   void pack_projection(int d, int64_t block) {
@@ -203,9 +222,12 @@ class Forward {
       const int64_t first_row = chunk.first_rows[k % chunk_rounds_] - first;
       for_each_tile(grid_, items, lanes, max_rows, [&](int64_t item, int64_t i, int rows) {
         const int d = static_cast<int>(item / blocks_);
+        const int64_t u = item % blocks_ * width;
         const Walk& walk = walks_.at(worker, d);
         const A* starts = chunk.starts + ((item - items.begin) * chunk_rows_ + first_row + i) * 4 * width;
-        compute_tile(k, d, walk.lanes + i, rows, walk.first_row + i, item % blocks_, starts);
+        A* scratch = chunk.scratch + gate_count * width * p_.input_size;
+        const A* packed = hh_[d].packed || i == lanes.begin ? packed_block(hh_[d], u, scratch) : scratch;
+        compute_tile(k, d, walk.lanes + i, rows, walk.first_row + i, u, packed, starts);
       });
     }
   }
@@ -219,9 +241,10 @@ class Forward {
       const int d = static_cast<int>(item / blocks_);
       const A* input = chunk.input + d * chunk_rows_ * p_.input_size;
       A* starts = chunk.starts + (item - items.begin) * chunk_rows_ * 4 * width;
+      const int64_t u = item % blocks_ * width;
+      const A* packed = packed_block(ih_[d], u, chunk.scratch);
       for (int64_t row = 0; row < rows.end; row += max_rows)
-        start_rows(d, item % blocks_ * width, static_cast<int>(smaller(max_rows, rows.end - row)), input + row * p_.input_size,
-                   starts + row * 4 * width);
+        start_rows(d, u, static_cast<int>(smaller(max_rows, rows.end - row)), packed, input + row * p_.input_size, starts + row * 4 * width);
     }
   }
 
@@ -244,10 +267,10 @@ class Forward {
   }
 
   // x @ W_ih^T + biases, as Chunk::starts has it.
-  void start_rows(int d, int64_t u, int rows, const A* input, A* starts) {
+  void start_rows(int d, int64_t u, int rows, const A* packed, const A* input, A* starts) {
     alignas(64) A product[max_rows * gate_count * width];
     const A* bias = bias_at(d, u);
-    multiply(ih_[d], u, rows, {bias, 0}, input, p_.input_size, is_lstm ? starts : product);
+    multiply(ih_[d], u, packed, rows, {bias, 0}, input, p_.input_size, is_lstm ? starts : product);
     for (int r = 0; r < rows && !is_lstm; ++r) {
       A* start = starts + r * 4 * width;
       for (int g = 0; g < gate_count; ++g) store(load(product + (r * gate_count + g) * width), start + (g < 2 ? g : 3) * width);
@@ -255,23 +278,32 @@ class Forward {
     }
   }
 
-  // The gates of one vector of units from u on for some rows of states.
-  void multiply(const Matrix& w, int64_t u, int rows, Start<A> start, const A* states, int64_t row_stride, A* result) {
-    if (packs_) return multiply_block<A, gate_count>(rows, start, states, row_stride, 1, w.packed + u * gate_count * w.depth, w.depth, result);
-    const int units = count(u, z_.hidden);
-    for (int g = 0; g < gate_count; ++g)
-      for (int r = 0; r < rows; ++r) {
-        alignas(64) A sums[width] = {};
-        multiply_unpacked(states + r * row_stride, w.rows + (g * static_cast<int64_t>(z_.hidden) + u) * w.depth, w.depth, units, sums);
-        store(load(start.data + r * start.row_stride + g * width) + load(sums), result + (r * gate_count + g) * width);
-      }
+  // The gates of one vector of units from u on, whose weights are `packed`, for some rows of states.
+  void multiply(const Matrix& w, int64_t u, const A* packed, int rows, Start<A> start, const A* states, int64_t row_stride, A* result) {
+    if (packs_) return multiply_block<A, gate_count>(rows, start, states, row_stride, 1, packed, w.depth, result);
+    switch (rows) {
+      case 1: return multiply_unpacked_rows<1>(w, u, start, states, row_stride, result);
+      case 2: return multiply_unpacked_rows<2>(w, u, start, states, row_stride, result);
+      case 3: return multiply_unpacked_rows<3>(w, u, start, states, row_stride, result);
+      case 4: return multiply_unpacked_rows<4>(w, u, start, states, row_stride, result);
+      case 5: return multiply_unpacked_rows<5>(w, u, start, states, row_stride, result);
+      case 6: return multiply_unpacked_rows<6>(w, u, start, states, row_stride, result);
+    }
+  }
+
+  template <int rows>
+  void multiply_unpacked_rows(const Matrix& w, int64_t u, Start<A> start, const A* states, int64_t row_stride, A* result) {
+    for (int g = 0; g < gate_count; ++g) {
+      V sums[rows];
+      multiply_unpacked<rows>(states, row_stride, w.rows + (g * static_cast<int64_t>(z_.hidden) + u) * w.depth, w.depth, count(u, z_.hidden), sums);
+      for (int r = 0; r < rows; ++r) store(load(start.data + r * start.row_stride + g * width) + sums[r], result + (r * gate_count + g) * width);
+    }
   }
 
   // `lanes` and `row`: the first lane of the tile, and its row of states. `starts`: its first row of Chunk::starts.
-  void compute_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block, const A* starts) {
+  void compute_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t u, const A* packed, const A* starts) {
     alignas(64) A product[max_rows * gate_count * width];
-    const int64_t u = block * width;
-    multiply(hh_[d], u, lane_count, {starts, 4 * width}, h_now(k, d, row), out_pad_, product);
+    multiply(hh_[d], u, packed, lane_count, {starts, 4 * width}, h_now(k, d, row), out_pad_, product);
     for (int r = 0; r < lane_count; ++r) {
       const A* hidden = product + r * gate_count * width;
       V m;

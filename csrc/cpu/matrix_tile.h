@@ -90,38 +90,6 @@ HSM_INLINE void multiply_tile(
   }
 }
 
-// products[j] = state (depth) . row j of W, for `rows` rows of `depth` elements whose sums run beside each other.
-template <int rows, class T, class A>
-HSM_INLINE void multiply_rows_unpacked(const A* state, const T* w, int64_t depth, A* products) {
-  constexpr int width = lanes<A>();
-  Vector<A> sums[rows] = {};
-  int64_t k = 0;
-  for (; k + width <= depth; k += width) {
-    const Vector<A> values = load(state + k);
-#pragma GCC unroll 8
-    for (int j = 0; j < rows; ++j) sums[j] += values * load(w + j * depth + k);
-  }
-  if (k < depth) {
-    const int rest = static_cast<int>(depth - k);
-    const Vector<A> values = load(state + k, rest);
-    for (int j = 0; j < rows; ++j) sums[j] += values * load(w + j * depth + k, rest);
-  }
-  for (int j = 0; j < rows; ++j) {
-    A total = 0;
-    for (int lane = 0; lane < width; ++lane) total += sums[j][lane];
-    products[j] = total;
-  }
-}
-
-// The same for any number of rows: for weights that are used once, where packing them would take longer.
-template <class T, class A>
-void multiply_unpacked(const A* state, const T* w, int64_t depth, int rows, A* products) {
-  constexpr int together = 8;
-  int j = 0;
-  for (; j + together <= rows; j += together) multiply_rows_unpacked<together>(state, w + j * depth, depth, products + j);
-  for (; j < rows; ++j) multiply_rows_unpacked<1>(state, w + j * depth, depth, products + j);
-}
-
 // a[0], b[0], a[1], b[1], ... from lane `first` on.
 template <int first, class V, int... k>
 HSM_INLINE V interleave(V a, V b, std::integer_sequence<int, k...>) {
@@ -179,6 +147,39 @@ void pack_straight(const T* w, int64_t row_stride, int64_t outputs, int64_t dept
       const Vector<A> vector = at < outputs ? load(w + k * row_stride + at, static_cast<int>(smaller(width, outputs - at))) : Vector<A>{};
       store(vector, packed + (k * columns + v) * width);
     }
+}
+
+// Each of `states` states (depth) . each of `outputs` rows of W that lie behind each other, at most one vector of them: into one
+// vector for each state, zero behind the outputs. For weights that are used once, where packing them would take longer. W is read
+// from its first element to its last, as fast as memory gives it.
+template <int states, class T, class A>
+void multiply_unpacked(const A* state, int64_t state_stride, const T* w, int64_t depth, int outputs, Vector<A> (&result)[states]) {
+  constexpr int width = lanes<A>();
+  Vector<A> sums[states][width] = {};
+  const int64_t pairs = depth / (2 * width) * (2 * width);
+  for (int j = 0; j < outputs; ++j) {
+    const T* row = w + j * depth;
+    Vector<A> even[states] = {}, odd[states] = {};
+    for (int64_t k = 0; k < pairs; k += 2 * width) {
+      const Vector<A> first = load(row + k), second = load(row + k + width);
+#pragma GCC unroll 8
+      for (int r = 0; r < states; ++r) {
+        even[r] += load(state + r * state_stride + k) * first;
+        odd[r] += load(state + r * state_stride + k + width) * second;
+      }
+    }
+    for (int64_t k = pairs; k < depth; k += width) {
+      const int rest = static_cast<int>(smaller(width, depth - k));
+      for (int r = 0; r < states; ++r) even[r] += load(state + r * state_stride + k, rest) * load(row + k, rest);
+    }
+    for (int r = 0; r < states; ++r) sums[r][j] = even[r] + odd[r];
+  }
+  for (int r = 0; r < states; ++r) {
+    transpose<A>(sums[r]);
+    result[r] = sums[r][0];
+#pragma GCC unroll 16
+    for (int lane = 1; lane < width; ++lane) result[r] += sums[r][lane];
+  }
 }
 
 }  // namespace HSM_ISA
