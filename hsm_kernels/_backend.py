@@ -114,6 +114,16 @@ def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def always_takes_cpu_kernels() -> bool:
+    """Whether every call on the CPU that has a kernel takes it: no other backend was chosen, no transform is active."""
+    return (
+        _current in ("auto", "cpu")
+        and _library.build_info().loaded
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
 def chooses_reference(requested: str | None, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a call runs :mod:`hsm_kernels.reference` by choice.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _conversion, functional
+from . import _conversion, _plain, functional
 from .reference import Weights
 
 __all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell"]
@@ -20,6 +20,7 @@ class _RNN(nn.RNNBase):
     """What LSTM and GRU share: everything but their state and their function."""
 
     _function: Any  #: what runs the layers: functional.lstm or functional.gru
+    _plain: Any  #: what runs one layer of a plain call: _plain.lstm or _plain.gru
 
     def flatten_parameters(self) -> None:
         """Do nothing: the weights are read where they are. Kept because callers of torch.nn call it."""
@@ -48,8 +49,12 @@ class _RNN(nn.RNNBase):
     def _weights(self) -> list[Weights]:
         """The parameters as they are now, one entry per layer and direction."""
         self._update_flat_weights()
-        per_entry, flat = len(self._all_weights[0]), self._flat_weights
-        entries: list[Any] = [flat[k : k + per_entry] for k in range(0, len(flat), per_entry)]
+        return self._by_direction(self._flat_weights)
+
+    def _by_direction(self, flat: list[Any]) -> list[Weights]:
+        """Parameters in the order of ``_flat_weights``, one entry per layer and direction."""
+        per_entry = len(self._all_weights[0])
+        entries = [flat[k : k + per_entry] for k in range(0, len(flat), per_entry)]
         if self.bias:
             return [Weights(*entry) for entry in entries]
         return [Weights(entry[0], entry[1], None, None, *entry[2:]) for entry in entries]
@@ -80,6 +85,13 @@ class _RNN(nn.RNNBase):
         >>> output, h_n, states = GRU(3, 4)(x, return_states=True)
         >>> torch.testing.assert_close(states[:, -1], h_n)
         """
+        if (
+            not return_states and reset_mask is None and reset_hx is None and detach_mask is None
+            and truncated_bptt_steps is None and lengths is None
+        ):  # fmt: skip
+            found = self._run_plain(input, hx)
+            if found is not None:
+                return found
         options = {
             "reset_mask": reset_mask,
             "reset_hx": reset_hx,
@@ -90,6 +102,22 @@ class _RNN(nn.RNNBase):
             "recompute": recompute,
         }
         return self._run(input, hx, options)
+
+    def _run_plain(self, input: Any, hx: Any) -> Any:
+        """The result of a plain call of the only layer; None for any other call."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        if self.num_layers != 1 or not isinstance(input, Tensor) or input.dim() != 3:
+            return None
+        try:
+            flat = [self._parameters[name] for name in self._flat_weights_names]
+        except KeyError:  # reading what stands in for a parameter may have effects
+            return None
+        directions = self._by_direction(flat)
+        found = self._plain(input.transpose(0, 1) if self.batch_first else input, hx, directions)
+        if found is None or not self.batch_first:
+            return found
+        return found[0].transpose(0, 1), found[1]
 
     def _run(self, input: Any, hx: Any, options: dict[str, Any]) -> Any:
         if isinstance(input, PackedSequence):
@@ -162,6 +190,7 @@ class LSTM(_RNN):
     """
 
     _function = staticmethod(functional.lstm)
+    _plain = staticmethod(_plain.lstm)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -190,6 +219,7 @@ class GRU(_RNN):
     """
 
     _function = staticmethod(functional.gru)
+    _plain = staticmethod(_plain.gru)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
@@ -217,8 +247,26 @@ class _Cell(nn.RNNCellBase):
         if not batched:
             input, state = input.unsqueeze(0), None if state is None else tuple(part.unsqueeze(0) for part in state)
         self._check(input, state or ())
-        new = function(input, state, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        new = self._run_plain(input, state)
+        if new is None:
+            new = function(input, state, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         return new if batched else tuple(part.squeeze(0) for part in new)
+
+    def _run_plain(self, input: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+        """The new state of a plain call; None for any other call."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        try:
+            weights = Weights(*(self._parameters[name] for name in names))  # type: ignore[arg-type]
+        except KeyError:  # reading what stands in for a parameter may have effects
+            return None
+        steps = None if state is None else tuple(part.unsqueeze(0) for part in state)
+        if self._is_lstm:
+            found = _plain.lstm(input.unsqueeze(0), steps, [weights])
+            return None if found is None else (found[1][0][0], found[1][1][0])
+        found_h = _plain.gru(input.unsqueeze(0), None if steps is None else steps[0], [weights])
+        return None if found_h is None else (found_h[1][0],)
 
     def _check(self, input: Tensor, state: tuple[Tensor, ...]) -> None:
         if input.size(1) != self.input_size:

@@ -64,7 +64,7 @@ inline ScalarKind scalar_kind(const char* op, const Tensor& tensor) {
 // Checks arguments of one call, and keeps the contiguous copies alive whose pointers it hands out.
 class Arguments {
  public:
-  Arguments(const char* op, ScalarType dtype) : op_(op), dtype_(dtype) {}
+  Arguments(const char* op, ScalarType dtype) : op_(op), dtype_(dtype) { kept_.reserve(most_arguments); }
 
   const void* pointer(const char* name, const Tensor& tensor, const Shape& shape) {
     return keep(name, tensor, shape, dtype_).const_data_ptr();
@@ -101,12 +101,29 @@ class Arguments {
     return kept_.back();
   }
 
+  static constexpr size_t most_arguments = 24;
+
   const char* op_;
   ScalarType dtype_;
   std::vector<Tensor> kept_;
 };
 
-inline Tensor empty(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
+// An uninitialised contiguous CPU tensor, by the shortest way to torch's allocator.
+inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype) {
+  constexpr int64_t most_dims = 4;
+  STD_TORCH_CHECK(dims <= most_dims, "hsm_kernels: a result of ", dims, " dimensions");
+  std::array<int64_t, most_dims> strides;
+  for (int64_t k = dims - 1, stride = 1; k >= 0; stride *= sizes[k] > 0 ? sizes[k] : 1, --k) strides[k] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const Tensor& like, const Shape& shape) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(shape.data(), static_cast<int64_t>(shape.size()), dtype);
+}
 
 // torch's thread pool.
 inline cpu::Threads threads() {
@@ -121,9 +138,14 @@ template <class Params>
 void run_on_cpu(size_t (*workspace_bytes)(const Params&, const cpu::Threads&), void (*run)(const Params&, const cpu::Threads&, void*),
                 const Params& params) {
   const cpu::Threads pool = threads();
-  constexpr size_t alignment = 64;
-  const size_t bytes = workspace_bytes(params, pool) + alignment;
-  Tensor workspace = torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  constexpr size_t alignment = 64, small = 16384;
+  const size_t bytes = workspace_bytes(params, pool);
+  if (bytes <= small) {
+    alignas(alignment) char workspace[small];
+    return run(params, pool, workspace);
+  }
+  const int64_t size = static_cast<int64_t>(bytes + alignment);
+  Tensor workspace = empty(&size, 1, aoti_torch_dtype_uint8());
   const uintptr_t start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   run(params, pool, reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment));
 }

@@ -1,0 +1,61 @@
+"""Plain calls of one layer: on the CPU, without gradients, options or transforms, straight to the operator.
+
+A short step takes less time than the checks and canonical forms of :mod:`hsm_kernels.functional`. So a module tries
+these functions first. They return None for any call that is not plain and for any that the operator refuses; then the
+module goes the long way, which computes the same or says what is wrong.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backend, _ops
+from .reference import Weights
+
+_NO_DIRECTION = (None,) * 5
+
+
+def _is_plain(input: Any) -> bool:
+    """Whether nothing but ``input`` decides which kernel runs, and no gradient is wanted."""
+    return (
+        type(input) is Tensor
+        and input.is_cpu
+        and not torch.is_grad_enabled()
+        and _backend.always_takes_cpu_kernels()
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def lstm(input: Any, hx: Any, directions: list[Weights]) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """``output, (h_n, c_n)`` of one LSTM layer, time-major, or None."""
+    if not _is_plain(input):
+        return None
+    if hx is None:
+        h_0 = c_0 = None
+    elif type(hx) is tuple and len(hx) == 2 and type(hx[0]) is Tensor and type(hx[1]) is Tensor:
+        h_0, c_0 = hx
+    else:
+        return None
+    reverse = directions[1] if len(directions) == 2 else _NO_DIRECTION
+    try:
+        output, h_n, c_n, _, _ = _ops.lstm_forward(
+            input, h_0, c_0, *directions[0], *reverse, None, None, None, None, None, False, False, False
+        )
+    except RuntimeError:
+        return None
+    return output, (h_n, c_n)
+
+
+def gru(input: Any, hx: Any, directions: list[Weights]) -> tuple[Tensor, Tensor] | None:
+    """``output, h_n`` of one GRU layer, time-major, or None."""
+    if not _is_plain(input) or not (hx is None or type(hx) is Tensor):
+        return None
+    reverse = directions[1] if len(directions) == 2 else _NO_DIRECTION
+    try:
+        output, h_n, _ = _ops.gru_forward(
+            input, hx, *directions[0][:4], *reverse[:4], None, None, None, None, False, False
+        )
+    except RuntimeError:
+        return None
+    return output, h_n
