@@ -452,6 +452,8 @@ def _eager(op: Any, setup: Any, gradients: Any) -> Any:
             return op(*arguments)
         if arguments[-1]:
             return Function.apply(*arguments)  # type: ignore[no-untyped-call]
+        if torch.is_inference_mode_enabled():  # which leaves autograd out by itself
+            return op(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 

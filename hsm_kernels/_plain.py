@@ -5,15 +5,18 @@ these functions first. They return None for any call that is not plain and for a
 module goes the long way, which computes the same or says what is wrong.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _backend, _ops
-from .reference import Weights
 
-_NO_DIRECTION = (None,) * 5
+#: weight_ih, weight_hh, bias_ih, bias_hh and, for LSTM, weight_hr of one direction.
+_Weights = Sequence[Tensor | None]
+
+_NO_WEIGHTS = (None,) * 5
 
 
 def _is_plain(input: Any) -> bool:
@@ -27,7 +30,7 @@ def _is_plain(input: Any) -> bool:
     )
 
 
-def lstm(input: Any, hx: Any, directions: list[Weights]) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+def lstm(input: Any, hx: Any, directions: Sequence[_Weights]) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
     """``output, (h_n, c_n)`` of one LSTM layer, time-major, or None."""
     if not _is_plain(input):
         return None
@@ -37,24 +40,26 @@ def lstm(input: Any, hx: Any, directions: list[Weights]) -> tuple[Tensor, tuple[
         h_0, c_0 = hx
     else:
         return None
-    reverse = directions[1] if len(directions) == 2 else _NO_DIRECTION
+    forward, reverse = directions if len(directions) == 2 else (directions[0], _NO_WEIGHTS)
+    if len(forward) == 4:
+        forward = (*forward, None)
     try:
         output, h_n, c_n, _, _ = _ops.lstm_forward(
-            input, h_0, c_0, *directions[0], *reverse, None, None, None, None, None, False, False, False
+            input, h_0, c_0, *forward, *reverse, None, None, None, None, None, False, False, False
         )
     except RuntimeError:
         return None
     return output, (h_n, c_n)
 
 
-def gru(input: Any, hx: Any, directions: list[Weights]) -> tuple[Tensor, Tensor] | None:
+def gru(input: Any, hx: Any, directions: Sequence[_Weights]) -> tuple[Tensor, Tensor] | None:
     """``output, h_n`` of one GRU layer, time-major, or None."""
     if not _is_plain(input) or not (hx is None or type(hx) is Tensor):
         return None
-    reverse = directions[1] if len(directions) == 2 else _NO_DIRECTION
+    forward, reverse = directions if len(directions) == 2 else (directions[0], _NO_WEIGHTS)
     try:
         output, h_n, _ = _ops.gru_forward(
-            input, hx, *directions[0][:4], *reverse[:4], None, None, None, None, False, False
+            input, hx, *forward[:4], *reverse[:4], None, None, None, None, False, False
         )
     except RuntimeError:
         return None

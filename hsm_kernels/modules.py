@@ -109,11 +109,12 @@ class _RNN(nn.RNNBase):
             return None
         if self.num_layers != 1 or not isinstance(input, Tensor) or input.dim() != 3:
             return None
+        parameters = self._parameters
         try:
-            flat = [self._parameters[name] for name in self._flat_weights_names]
+            flat = [parameters[name] for name in self._flat_weights_names]
         except KeyError:  # reading what stands in for a parameter may have effects
             return None
-        directions = self._by_direction(flat)
+        directions = [flat] if len(flat) == 4 and self.bias else self._by_direction(flat)
         found = self._plain(input.transpose(0, 1) if self.batch_first else input, hx, directions)
         if found is None or not self.batch_first:
             return found

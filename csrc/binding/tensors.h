@@ -8,8 +8,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,7 +26,25 @@ namespace binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-using Shape = std::vector<int64_t>;
+
+// Sizes of a tensor, without an allocation.
+class Shape {
+ public:
+  Shape(std::initializer_list<int64_t> sizes) : count_(std::min(sizes.size(), sizes_.size())) { std::copy_n(sizes.begin(), count_, sizes_.begin()); }
+  explicit Shape(const Tensor& tensor) : count_(static_cast<size_t>(tensor.dim())) {
+    STD_TORCH_CHECK(count_ <= sizes_.size(), "hsm_kernels: no tensor has more than ", sizes_.size(), " dimensions, got ", count_);
+    for (size_t k = 0; k < count_; ++k) sizes_[k] = tensor.size(static_cast<int64_t>(k));
+  }
+
+  size_t size() const { return count_; }
+  const int64_t* data() const { return sizes_.data(); }
+  int64_t operator[](size_t k) const { return sizes_[k]; }
+  bool operator==(const Shape& other) const { return count_ == other.count_ && std::equal(data(), data() + count_, other.data()); }
+
+ private:
+  std::array<int64_t, 4> sizes_;
+  size_t count_;
+};
 
 inline std::string text(const Shape& shape) {
   std::string out = "(";
@@ -32,11 +52,7 @@ inline std::string text(const Shape& shape) {
   return out + ")";
 }
 
-inline Shape shape_of(const Tensor& tensor) {
-  Shape shape(tensor.dim());
-  for (int64_t k = 0; k < tensor.dim(); ++k) shape[k] = tensor.size(k);
-  return shape;
-}
+inline Shape shape_of(const Tensor& tensor) { return Shape(tensor); }
 
 inline void check_shape(const char* op, const char* name, const Tensor& tensor, const Shape& expected) {
   STD_TORCH_CHECK(shape_of(tensor) == expected, op, ": ", name, " must have shape ", text(expected), ", got ", text(shape_of(tensor)));
@@ -109,20 +125,20 @@ class Arguments {
 };
 
 // An uninitialised contiguous CPU tensor, by the shortest way to torch's allocator.
-inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype) {
-  constexpr int64_t most_dims = 4;
-  STD_TORCH_CHECK(dims <= most_dims, "hsm_kernels: a result of ", dims, " dimensions");
-  std::array<int64_t, most_dims> strides;
-  for (int64_t k = dims - 1, stride = 1; k >= 0; stride *= sizes[k] > 0 ? sizes[k] : 1, --k) strides[k] = stride;
+inline Tensor empty(const Shape& shape, int32_t dtype) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (size_t k = shape.size(); k-- > 0; stride *= std::max<int64_t>(shape[k], 1)) strides[k] = stride;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
 inline Tensor empty(const Tensor& like, const Shape& shape) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty(shape.data(), static_cast<int64_t>(shape.size()), dtype);
+  return empty(shape, dtype);
 }
 
 // torch's thread pool.
@@ -144,8 +160,7 @@ void run_on_cpu(size_t (*workspace_bytes)(const Params&, const cpu::Threads&), v
     alignas(alignment) char workspace[small];
     return run(params, pool, workspace);
   }
-  const int64_t size = static_cast<int64_t>(bytes + alignment);
-  Tensor workspace = empty(&size, 1, aoti_torch_dtype_uint8());
+  Tensor workspace = empty({static_cast<int64_t>(bytes + alignment)}, aoti_torch_dtype_uint8());
   const uintptr_t start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   run(params, pool, reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment));
 }
