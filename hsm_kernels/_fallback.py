@@ -4,13 +4,13 @@ The forward passes run :mod:`hsm_kernels.reference`. The backward passes are the
 compute: one sequential loop over the steps for the gate gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._gradients import HiddenStates, gru_gates, lstm_gates, previous_states, without_padding
+from ._gradients import HiddenStates, gru_gates, lstm_gates, previous_states, weight_gradient, without_padding
 from .reference import Boundaries, State, Weights, select, valid_steps
 
 
@@ -93,6 +93,35 @@ def gru_boundaries(
     """The boundaries of each direction of a GRU layer; ``reset_h`` is ``(D, N, H)``."""
     states = [None if reset_h is None else (reset_h[d],) for d in range(directions)]
     return [Boundaries(reset_mask, state, detach_mask, lengths) for state in states]
+
+
+def products(
+    grad_gates: Tensor,
+    input: Tensor,
+    entering: Sequence[Tensor] | Tensor,
+    weights: list[Weights],
+    needs_input: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of the input, and of weights and biases as the backward operators return them.
+
+    ``grad_gates`` ``(L, N, D, 4 * H)``; ``entering``: the hidden state that entered each step, by direction.
+    """
+    grad_input = torch.zeros_like(input) if needs_input else input.new_empty(0)
+    grad_weights = [input.new_empty(0) for _ in range(6)]
+    for d, w in enumerate(weights):
+        grad, rows = grad_gates[:, :, d], w.weight_ih.size(0)
+        if needs_input:
+            grad_input = grad_input + grad[..., :rows] @ w.weight_ih
+        if needs_weights:
+            hidden = grad.size(-1) // 4
+            grad_hidden = grad if rows == 4 * hidden else torch.cat([grad[..., : 2 * hidden], grad[..., rows:]], dim=-1)
+            grad_weights[3 * d : 3 * d + 3] = [
+                weight_gradient(grad[..., :rows], input),
+                weight_gradient(grad_hidden, entering[d]),
+                grad.sum((0, 1)),
+            ]
+    return grad_input, grad_weights
 
 
 #: (step, gradients of the state that left it) -> (gradients of the state that entered it, what to keep).

@@ -117,20 +117,10 @@ class HiddenStates:
             for d, states in enumerate(self.by_direction)
         ]
 
-    def weight_gradient(self, grad_outputs: Tensor, direction: int) -> Tensor:
-        """The gradient of ``weight_hh``, ``(O, Hout)``: each step's gate gradients times the state that entered it."""
-        states = self.by_direction[direction]
-        cut = self.reset_mask is not None or self.lengths is not None
-        if cut or "entering" in self.__dict__ or states.size(0) == 0:
-            return weight_gradient(grad_outputs, self.entering[direction])
-        # Shifted views serve as "the state that entered", so nothing is copied.
-        gates_after, states_before, gates_first = (
-            (grad_outputs[:-1], states[1:], grad_outputs[-1])
-            if direction == 1
-            else (grad_outputs[1:], states[:-1], grad_outputs[0])
-        )
-        grad = weight_gradient(gates_after, states_before)
-        return grad if self.h_0 is None else grad.add_(product(gates_first.t(), self.h_0[direction]))
+    @property
+    def cut(self) -> bool:
+        """Whether some steps were entered by another state than the one before left, or the initial one."""
+        return self.reset_mask is not None or self.lengths is not None
 
 
 def lstm_gates(input: Tensor, entering: Sequence[Tensor] | Tensor, weights: list[Weights]) -> Tensor:

@@ -5,9 +5,12 @@ One call runs all steps and both directions of one layer. Shapes: ``input`` ``(L
 ``lengths`` int64 ``(N,)`` between 0 and L. Results: ``output`` ``(L, N, D * Hout)``, ``c_states`` ``(L, N, D, H)``,
 ``gates`` ``(L, N, D, 4 * H)`` in the order i, f, g, o for LSTM and r, z, n, hidden half of n for GRU. A result that
 was not asked for has shape ``(0,)``. ``training`` keeps what the gradients need; with ``recompute`` too, the gates are
-not kept. A backward operator that is given no gates computes them from ``input`` and ``entering``, the hidden state
-that entered each step, ``(D, L, N, Hout)``. ``product`` is ``a @ b``, by a kernel of our own where that is faster than
-torch's.
+not kept, and a backward operator that is given none computes them again. ``entering``, the hidden state that entered
+each step, ``(D, L, N, Hout)``, must be given with ``reset_mask`` or ``lengths``; there ``input`` must be zero behind
+the lengths. Backward operators return the gradients of the input and states, then for each direction those of
+``weight_ih``, of ``weight_hh``, and of the pre-activations summed over steps and sequences, ``(4 * H,)``, in GRU r, z
+and the input and hidden half of n; with a projection also that of every step's ``h``, ``grad_h`` ``(L, N, D, Hout)``.
+``product`` is ``a @ b``, by a kernel of our own where that is faster than torch's.
 
 The native library adds CPU kernels for the same operators; they win over the fallback by dispatch.
 """
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _fallback, reference
-from ._gradients import HiddenStates, flat, gru_gates, lstm_gates, product, weight_gradient, without_padding
+from ._gradients import HiddenStates, gru_gates, lstm_gates, weight_gradient, without_padding
 from .reference import Weights
 
 NAMESPACE = "hsm_kernels"
@@ -32,22 +35,28 @@ def _weight_arguments(names: list[str]) -> str:
     return ", ".join(forward + [f"Tensor? {n}_reverse" for n in names])
 
 
+_WEIGHT_GRADIENTS = ", ".join(
+    f"Tensor grad_{name}{suffix}" for suffix in ("", "_reverse") for name in ("weight_ih", "weight_hh", "bias")
+)
+
 _SCHEMAS = {
     "lstm_forward": f"(Tensor input, Tensor? h_0, Tensor? c_0, {_weight_arguments(_LSTM_WEIGHTS)}, "
     "Tensor? reset_mask, Tensor? reset_h, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths, "
     "bool return_states, bool recompute, bool training) -> "
     "(Tensor output, Tensor h_n, Tensor c_n, Tensor c_states, Tensor gates)",
-    "lstm_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_c_states, "
-    "Tensor c_states, Tensor? gates, Tensor? input, Tensor? entering, Tensor? c_0, "
-    f"{_weight_arguments(_LSTM_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_c, Tensor? detach_mask, "
-    "Tensor? lengths) -> "
-    "(Tensor grad_gates, Tensor grad_h, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c)",
+    "lstm_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_c_states, Tensor input, "
+    "Tensor? h_0, Tensor? c_0, Tensor output, Tensor c_states, Tensor? gates, Tensor? entering, "
+    f"{_weight_arguments(_LSTM_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths, "
+    "bool needs_input, bool needs_weights) -> "
+    "(Tensor grad_input, Tensor grad_h, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c, "
+    f"{_WEIGHT_GRADIENTS})",
     "gru_forward": f"(Tensor input, Tensor? h_0, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, "
     "Tensor? reset_h, Tensor? detach_mask, Tensor? lengths, bool recompute, bool training) -> "
     "(Tensor output, Tensor h_n, Tensor gates)",
-    "gru_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor output, Tensor? gates, Tensor? input, "
-    f"Tensor? entering, Tensor? h_0, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_h, "
-    "Tensor? detach_mask, Tensor? lengths) -> (Tensor grad_gates, Tensor grad_h_0, Tensor grad_reset_h)",
+    "gru_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? h_0, Tensor output, Tensor? gates, "
+    f"Tensor? entering, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_h, Tensor? detach_mask, "
+    "Tensor? lengths, bool needs_input, bool needs_weights) -> "
+    f"(Tensor grad_input, Tensor grad_h_0, Tensor grad_reset_h, {_WEIGHT_GRADIENTS})",
     "product": "(Tensor a, Tensor b) -> Tensor",
 }
 
@@ -87,35 +96,47 @@ def _lstm_backward_fallback(
     grad_h_n: Any,
     grad_c_n: Any,
     grad_c_states: Any,
+    input: Tensor,
+    h_0: Any,
+    c_0: Any,
+    output: Tensor,
     c_states: Tensor,
     gates: Tensor | None,
-    input: Any,
     entering: Any,
-    c_0: Any,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weights, boundaries = _directions(rest[:10]), rest[10:]
+    weights, (*boundaries, needs_input, needs_weights) = _directions(rest[:10]), rest[10:]
+    if entering is None:
+        entering = HiddenStates(output, h_0, len(weights), None, None, None).entering
     if gates is None:
         gates = lstm_gates(input, entering, weights)
-    return _fallback.lstm_backward(
+    grad_gates, *others = _fallback.lstm_backward(
         grad_output, grad_h_n, grad_c_n, grad_c_states, c_states, gates, c_0, weights, *boundaries
     )
+    grad_input, grad_weights = _fallback.products(grad_gates, input, entering, weights, needs_input, needs_weights)
+    return (grad_input, *others, *grad_weights)
 
 
 def _gru_backward_fallback(
     grad_output: Any,
     grad_h_n: Any,
+    input: Tensor,
+    h_0: Any,
     output: Tensor,
     gates: Tensor | None,
-    input: Any,
     entering: Any,
-    h_0: Any,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weights, boundaries = _directions(rest[:8]), rest[8:]
+    weights, (*boundaries, needs_input, needs_weights) = _directions(rest[:8]), rest[8:]
+    if entering is None:
+        entering = HiddenStates(output, h_0, len(weights), None, None, None).entering
     if gates is None:
         gates = gru_gates(input, entering, weights)
-    return _fallback.gru_backward(grad_output, grad_h_n, output, gates, h_0, weights, *boundaries)
+    grad_gates, *others = _fallback.gru_backward(
+        grad_output, grad_h_n, output, gates, h_0, weights, *boundaries
+    )
+    grad_input, grad_weights = _fallback.products(grad_gates, input, entering, weights, needs_input, needs_weights)
+    return (grad_input, *others, *grad_weights)
 
 
 # --------------------------------------------------------------------------------------------------------- fake kernels
@@ -151,44 +172,48 @@ def _lstm_backward_fake(
     grad_h_n: Any,
     grad_c_n: Any,
     grad_c_states: Any,
-    c_states: Tensor,
-    gates: Tensor | None,
-    input: Any,
-    entering: Any,
+    input: Tensor,
+    h_0: Any,
     c_0: Any,
+    output: Tensor,
+    c_states: Tensor,
+    gates: Any,
+    entering: Any,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weight_hh, weight_hr, reset_c, new = rest[1], rest[4], rest[11], c_states.new_empty
-    (steps, batch, directions, hidden), hidden_out = c_states.shape, weight_hh.size(1)
-    has_resets = reset_c is not None
+    weights, has_resets, new = _directions(rest[:10]), rest[11] is not None, input.new_empty
+    (steps, batch, directions, hidden), hidden_out = c_states.shape, weights[0].weight_hh.size(1)
+    grad_input, *grad_weights = _products_fake(input, weights, hidden, *rest[-2:])
     return (
-        new(steps, batch, directions, 4 * hidden),
-        new(0) if weight_hr is None else new(steps, batch, directions, hidden_out),
+        grad_input,
+        new(0) if weights[0].weight_hr is None else new(steps, batch, directions, hidden_out),
         new(directions, batch, hidden_out),
         new(directions, batch, hidden),
         new(directions, batch, hidden_out) if has_resets else new(0),
         new(directions, batch, hidden) if has_resets else new(0),
+        *grad_weights,
     )
 
 
 def _gru_backward_fake(
-    grad_output: Any,
-    grad_h_n: Any,
-    output: Tensor,
-    gates: Tensor | None,
-    input: Any,
-    entering: Any,
-    h_0: Any,
-    *rest: Any,
+    grad_output: Any, grad_h_n: Any, input: Tensor, h_0: Any, output: Tensor, gates: Any, entering: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
-    weights, reset_h, (steps, batch, _) = _directions(rest[:8]), rest[9], output.shape
+    weights, has_resets, new = _directions(rest[:8]), rest[9] is not None, input.new_empty
     hidden = weights[0].weight_hh.size(1)
-    state = (len(weights), batch, hidden)
-    return (
-        output.new_empty(steps, batch, len(weights), 4 * hidden),
-        output.new_empty(state),
-        output.new_empty(0) if reset_h is None else output.new_empty(state),
-    )
+    state = (len(weights), input.size(1), hidden)
+    grad_input, *grad_weights = _products_fake(input, weights, hidden, *rest[-2:])
+    return (grad_input, new(state), new(state) if has_resets else new(0), *grad_weights)
+
+
+def _products_fake(
+    input: Tensor, weights: list[Weights], hidden: int, needs_input: bool, needs_weights: bool
+) -> list[Tensor]:
+    found = [input.new_empty(input.shape if needs_input else 0)]
+    for d in range(2):
+        needed = needs_weights and d < len(weights)
+        shapes = (weights[d].weight_ih.shape, weights[d].weight_hh.shape, (4 * hidden,)) if needed else (0, 0, 0)
+        found += [input.new_empty(shape) for shape in shapes]
+    return found
 
 
 def _product_fake(a: Tensor, b: Tensor) -> Tensor:
@@ -224,29 +249,25 @@ def _lstm_gradients(
         return (*_differentiable(_lstm_reference, saved[:18], grads, ctx.needs_input_grad), None, None, None)
     input, h_0, c_0 = saved[:3]
     reset_mask, reset_h, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
-    weights = _directions(saved[3:13])
+    weights, needs = _directions(saved[3:13]), ctx.needs_input_grad
     states = HiddenStates(output, h_0, len(weights), reset_mask, reset_h, lengths)
-    input = without_padding(input, lengths)
-    gates, *operands = _gates(ctx.recompute, gates, input, states, weights, lstm_gates)
-    grad_gates, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c = torch.ops.hsm_kernels.lstm_backward.default(
-        *grads, c_states, gates, *operands, c_0, *saved[3:13], reset_mask, reset_c, detach_mask, lengths
-    )
-    grad_weights, needs = [], ctx.needs_input_grad
+    gates, input, entering = _backward_operands(ctx.recompute, gates, input, states, weights, lstm_gates)
+    grad_input, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c, *found = (
+        torch.ops.hsm_kernels.lstm_backward.default(
+            *grads, input, h_0, c_0, output, c_states, gates, entering, *saved[3:13], reset_mask, reset_c, detach_mask,
+            lengths, needs[0], any(needs[3:13]),
+        )
+    )  # fmt: skip
+    grad_weights: list[Tensor | None] = [None] * 10
     for d, w in enumerate(weights):
-        parts = (grad_gates[:, :, d],)
-        grad_weights += _projected_gradients(needs[3 + 5 * d : 7 + 5 * d], parts, parts, input, states, d)
-        needs_hr = w.weight_hr is not None and needs[7 + 5 * d]
-        grad_weights.append(_projection_gradient(grad_h, gates, c_states, d) if needs_hr else None)
-    grad_input = (
-        _input_gradient([(grad_gates[:, :, d], w.weight_ih) for d, w in enumerate(weights)]) if needs[0] else None
-    )
+        asked, (grad_ih, grad_hh, grad_bias) = needs[3 + 5 * d : 8 + 5 * d], found[3 * d : 3 * d + 3]
+        biases = (grad_bias, grad_bias.clone() if asked[2] and asked[3] else grad_bias)
+        grad_hr = _projection_gradient(grad_h, gates, c_states, d) if w.weight_hr is not None and asked[4] else None
+        grad_weights[5 * d : 5 * d + 5] = _asked(asked, grad_ih, grad_hh, *biases, grad_hr)
     has_resets = reset_h is not None
     return (
-        grad_input,
-        grad_h_0 if needs[1] else None,
-        grad_c_0 if needs[2] else None,
+        *_asked(needs[:3], grad_input, grad_h_0, grad_c_0),
         *grad_weights,
-        *[None] * (10 - len(grad_weights)),
         None,
         grad_reset_h if has_resets else None,
         grad_reset_c if has_resets else None,
@@ -266,96 +287,58 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
         return (*_differentiable(_gru_reference, saved[:14], grads, ctx.needs_input_grad), None, None)
     input, h_0 = saved[:2]
     reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
-    weights = _directions(saved[2:10])
+    weights, needs = _directions(saved[2:10]), ctx.needs_input_grad
     states = HiddenStates(output, h_0, len(weights), reset_mask, reset_h, lengths)
-    input = without_padding(input, lengths)
-    gates, *operands = _gates(ctx.recompute, gates, input, states, weights, gru_gates)
-    grad_gates, grad_h_0, grad_reset_h = torch.ops.hsm_kernels.gru_backward.default(
-        *grads, output, gates, *operands, h_0, *saved[2:10], reset_mask, reset_h, detach_mask, lengths
-    )
+    gates, input, entering = _backward_operands(ctx.recompute, gates, input, states, weights, gru_gates)
+    grad_input, grad_h_0, grad_reset_h, *found = torch.ops.hsm_kernels.gru_backward.default(
+        *grads, input, h_0, output, gates, entering, *saved[2:10], reset_mask, reset_h, detach_mask, lengths,
+        needs[0], any(needs[2:10]),
+    )  # fmt: skip
     hidden = weights[0].weight_hh.size(1)
-    grad_weights, needs = [], ctx.needs_input_grad
+    grad_weights: list[Tensor | None] = [None] * 8
     for d in range(len(weights)):
-        grad = grad_gates[:, :, d]
-        input_parts = (grad[..., : 3 * hidden],)
-        hidden_parts = (grad[..., : 2 * hidden], grad[..., 3 * hidden :])
-        grad_weights += _projected_gradients(
-            needs[2 + 4 * d : 6 + 4 * d], input_parts, hidden_parts, input, states, d
-        )
-    pairs = [(grad_gates[:, :, d, : 3 * hidden], w.weight_ih) for d, w in enumerate(weights)]
+        asked, (grad_ih, grad_hh, sums) = needs[2 + 4 * d : 6 + 4 * d], found[3 * d : 3 * d + 3]
+        grad_bias_hh = torch.cat([sums[: 2 * hidden], sums[3 * hidden :]]) if asked[3] else None
+        grad_weights[4 * d : 4 * d + 4] = _asked(asked, grad_ih, grad_hh, sums[: 3 * hidden], grad_bias_hh)
     return (
-        _input_gradient(pairs) if needs[0] else None,
-        grad_h_0 if needs[1] else None,
+        *_asked(needs[:2], grad_input, grad_h_0),
         *grad_weights,
-        *[None] * (8 - len(grad_weights)),
         None,
         grad_reset_h if reset_h is not None else None,
         None, None, None, None,
     )  # fmt: skip
 
 
-def _gates(
+def _asked(needs: tuple[bool, ...], *grads: Tensor | None) -> list[Tensor | None]:
+    """The gradients that are needed, None for the others."""
+    return [grad if needed else None for needed, grad in zip(needs, grads, strict=False)]
+
+
+def _backward_operands(
     recompute: bool, gates: Tensor, input: Tensor, states: HiddenStates, weights: list[Weights], gates_of: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The arguments gates, input and entering of a backward operator: the gates, or what it computes them from.
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """The arguments gates, input and entering of a backward operator.
 
-    In float32 and float64 the operator does that itself, in the memory of its result. A projection needs the gates
-    once more.
+    Gates that were not kept are computed by the operator, in float32 and float64, in the memory of its results. A
+    projection needs them once more.
     """
+    input = without_padding(input, states.lengths)
+    entering = _joined(states.entering) if states.cut else None
     if not recompute:
-        return gates, None, None
+        return gates, input, entering
     if input.dtype in (torch.float32, torch.float64) and weights[0].weight_hr is None:
-        entering = states.entering
-        return None, input, entering[0].unsqueeze(0) if len(entering) == 1 else torch.stack(entering)
-    return gates_of(input, states.entering, weights), None, None
+        return None, input, entering
+    return gates_of(input, states.entering, weights), input, entering
 
 
-def _projected_gradients(
-    needs: tuple[bool, ...],
-    input_parts: tuple[Tensor, ...],
-    hidden_parts: tuple[Tensor, ...],
-    input: Tensor,
-    states: HiddenStates,
-    direction: int,
-) -> list[Tensor | None]:
-    """Gradients of weight_ih, weight_hh, bias_ih, bias_hh of one direction. ``input`` is zero behind the lengths.
-
-    ``input_parts`` and ``hidden_parts`` are the gate gradients that reach the input product and the recurrent product,
-    cut along the gates where they are not adjacent in memory.
-    """
-    needs_ih, needs_hh, needs_bias_ih, needs_bias_hh = needs
-    grad_ih = grad_hh = grad_bias_ih = grad_bias_hh = None
-    if needs_ih:
-        grad_ih = _join([weight_gradient(part, input) for part in input_parts])
-    if needs_hh:
-        grad_hh = _join([states.weight_gradient(part, direction) for part in hidden_parts])
-    if needs_bias_ih:
-        grad_bias_ih = _join([part.sum((0, 1)) for part in input_parts])
-    if needs_bias_hh:
-        if grad_bias_ih is not None and input_parts is hidden_parts:
-            grad_bias_hh = grad_bias_ih.clone()
-        else:
-            grad_bias_hh = _join([part.sum((0, 1)) for part in hidden_parts])
-    return [grad_ih, grad_hh, grad_bias_ih, grad_bias_hh]
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(directions: list[Tensor]) -> Tensor:
+    return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(directions)
 
 
 def _projection_gradient(grad_h: Tensor, gates: Any, c_states: Tensor, direction: int) -> Tensor:
     """The gradient of weight_hr: what was projected, ``o * tanh(c)``, is computed again rather than stored."""
     o = gates[:, :, direction].chunk(4, dim=-1)[3]
     return weight_gradient(grad_h[:, :, direction], o * c_states[:, :, direction].tanh())
-
-
-def _input_gradient(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The gradient of the layer's input, ``(L, N, I)``, from each direction's gate gradients and weight_ih."""
-    (grad, weight_ih), *others = pairs
-    total = product(flat(grad), weight_ih)
-    for other, weight in others:
-        total += product(flat(other), weight)
-    return total.view(*grad.shape[:2], weight_ih.size(1))
 
 
 def _differentiable(

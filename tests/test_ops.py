@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hsm_kernels as hsm
 from hsm_kernels import _fallback, reference
-from hsm_kernels._gradients import HiddenStates
+from hsm_kernels._gradients import HiddenStates, without_padding
 from hsm_kernels.reference import Weights
 
 OPS = torch.ops.hsm_kernels
@@ -130,11 +130,14 @@ class Case:
         other.weights = [Weights(*map(convert, entry)) for entry in self.weights]  # type: ignore[arg-type]
         return other
 
+    def upstream(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Drawn gradients of ``outputs``."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
+
     def gradients(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Of everything differentiable, for drawn gradients of all ``outputs``."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        upstream = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
-        pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+        pairs = [(o, g) for o, g in zip(outputs, self.upstream(outputs), strict=True) if o.requires_grad]
         if not pairs:  # no steps and no state: nothing depends on anything
             return tuple(torch.zeros_like(tensor) for tensor in self.differentiable)
         return torch.autograd.grad(
@@ -216,6 +219,36 @@ def test_many_chunks(poisoned_memory: None, cell: str, proj_size: int, shape: tu
         ours, wanted = case.forward(), case.by_reference()
         torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(case.gradients(ours), case.gradients(wanted), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell, proj_size", [("LSTM", 0), ("LSTM", 66), ("GRU", 0)])
+def test_backward_chunks(
+    poisoned_memory: None, cell: str, proj_size: int, directions: int, initial: bool, recompute: bool
+) -> None:
+    """So many steps that the backward pass goes through the products in several pieces, the last a smaller one."""
+    case = Case(
+        cell, 70, 20, 70, hidden=130, proj_size=proj_size, directions=directions, initial=initial, recompute=recompute
+    )
+    ours, wanted = case.forward(), case.by_reference()
+    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(case.gradients(ours), case.gradients(wanted), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_gradients_of_a_part(cell: str) -> None:
+    """What is not asked for is not computed, and what is asked for does not change."""
+    case = Case(cell, directions=2)
+    wanted = case.gradients(case.forward())
+    for tensor, gradient in zip(case.differentiable, wanted, strict=True):
+        for other in case.differentiable:
+            other.requires_grad_(other is tensor)
+        outputs = case.forward()
+        pairs = [(o, g) for o, g in zip(outputs, case.upstream(outputs), strict=True) if o.requires_grad]
+        (found,) = torch.autograd.grad([o for o, _ in pairs], tensor, [g for _, g in pairs])
+        torch.testing.assert_close(found, gradient, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
@@ -314,17 +347,18 @@ def backward_arguments(case: Case) -> tuple[Any, ...]:
     weights += [None] * (2 * per_direction - len(weights))
     state = [None if part is None else part.detach() for part in case.state]
     reset = [None if part is None else part.detach() for part in case.reset_to]
-    gates = (rest[-1], None, None)
-    if case.recompute:
-        states = HiddenStates(output, state[0], case.directions, case.reset_mask, reset[0], case.length)
-        gates = (None, case.input.detach(), torch.stack(states.entering))
+    states = HiddenStates(output, state[0], case.directions, case.reset_mask, reset[0], case.length)
+    entering = torch.stack(states.entering) if states.cut else None
+    input, gates = without_padding(case.input.detach(), case.length), None if case.recompute else rest[-1]
     if case.cell == "LSTM":
         h_n, c_n, c_states, _ = rest
         grads = [torch.randn_like(t) for t in (output, h_n, c_n, c_states)]
-        return (*grads, c_states, *gates, state[1], *weights, case.reset_mask, reset[1], case.detach_mask, case.length)
-    h_n, _ = rest
-    grads = [torch.randn_like(t) for t in (output, h_n)]
-    return (*grads, output, *gates, state[0], *weights, case.reset_mask, reset[0], case.detach_mask, case.length)
+        kept, boundaries = (output, c_states), (case.reset_mask, reset[1], case.detach_mask, case.length)
+    else:
+        h_n, _ = rest
+        grads = [torch.randn_like(t) for t in (output, h_n)]
+        kept, boundaries = (output,), (case.reset_mask, reset[0], case.detach_mask, case.length)
+    return (*grads, input, *state, *kept, gates, entering, *weights, *boundaries, True, True)
 
 
 SHAPES = [(0, 3, 2), (70, 0, 2), (70, 3, 0), (1, 1, 1), (7, 300, 65), (130, 5, 200), (64, 1025, 33), (71, 520, 65)]
@@ -357,7 +391,7 @@ def test_products_of_either_kind(choice: str) -> None:
     if os.environ.get("HSM_KERNELS_CPU_PRODUCT"):
         pytest.skip("already runs with a chosen product")
     environment = {**os.environ, "HSM_KERNELS_CPU_PRODUCT": choice}
-    chosen = "test_product and not kind or float64 or many_segments"
+    chosen = "test_product and not kind or float64 or many_segments or backward_chunks"
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen, "-p", "no:cacheprovider"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

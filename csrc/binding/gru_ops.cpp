@@ -1,5 +1,5 @@
 // hsm_kernels::gru_forward and hsm_kernels::gru_backward on the CPU. Schemas and meanings: hsm_kernels/_ops.py.
-#include "binding/layer.h"
+#include "binding/backward.h"
 
 namespace hsm {
 namespace binding {
@@ -33,18 +33,17 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
   p.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
   p.h_n = h_n.mutable_data_ptr();
-  run_on_cpu(cpu::kernels().forward_workspace, cpu::kernels().forward, p);
+  run_forward(p);
   return {output, h_n, gates};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gru_backward(
-    MaybeTensor grad_output, MaybeTensor grad_h_n, Tensor output, MaybeTensor gates, MaybeTensor input, MaybeTensor entering,
-    MaybeTensor h_0, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih, MaybeTensor bias_hh, MaybeTensor weight_ih_reverse,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
+    MaybeTensor grad_output, MaybeTensor grad_h_n, Tensor input, MaybeTensor h_0, Tensor output, MaybeTensor gates, MaybeTensor entering,
+    Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih, MaybeTensor bias_hh, MaybeTensor weight_ih_reverse,
     MaybeTensor weight_hh_reverse, MaybeTensor bias_ih_reverse, MaybeTensor bias_hh_reverse, MaybeTensor reset_mask,
-    MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths) {
+    MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths, bool needs_input, bool needs_weights) {
   const char* op = "gru_backward";
   STD_TORCH_CHECK(output.dim() == 3, op, ": output must have shape (L, N, D * H), got ", text(shape_of(output)));
-  STD_TORCH_CHECK(gates || (input && entering), op, ": gates, or input and entering, must be given");
   const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, {}},
                                         {weight_ih_reverse, weight_hh_reverse, bias_ih_reverse, bias_hh_reverse, {}});
   BackwardParams p{};
@@ -63,18 +62,12 @@ std::tuple<Tensor, Tensor, Tensor> gru_backward(
   const cpu::Plan plan(z, p.boundaries, true);
   p.schedule = plan.schedule();
 
-  Tensor grad_gates = empty(output, {z.steps, z.batch, z.directions, 4 * hidden});
   p.recompute = !gates;
-  if (p.recompute) {
-    project_again(op, z, *input, *entering, directions, grad_gates);
-    p.gates = grad_gates.const_data_ptr();
-  }
   Tensor grad_h_0 = empty(output, h_shape), grad_reset_h = empty(output, reset_h ? h_shape : Shape{0});
-  p.grad_gates = grad_gates.mutable_data_ptr();
   p.grad_h_0 = grad_h_0.mutable_data_ptr();
   p.grad_reset_h = reset_h ? grad_reset_h.mutable_data_ptr() : nullptr;
-  run_on_cpu(cpu::kernels().backward_workspace, cpu::kernels().backward, p);
-  return {grad_gates, grad_h_0, grad_reset_h};
+  const LayerGradients g = BackwardPass(op, p, input, output, h_0, entering, directions, needs_input, needs_weights).run();
+  return {g.input, grad_h_0, grad_reset_h, g.weight_ih[0], g.weight_hh[0], g.bias[0], g.weight_ih[1], g.weight_hh[1], g.bias[1]};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hsm_kernels, CPU, m) {

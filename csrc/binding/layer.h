@@ -1,4 +1,4 @@
-// What the LSTM and GRU operators share: sizes, boundaries, weights and input.
+// What the LSTM and GRU operators share: sizes, boundaries, weights and input, and the run of the forward pass.
 #pragma once
 
 #include "binding/tensors.h"
@@ -55,47 +55,10 @@ inline void add_input(Arguments& arguments, const Tensor& input, const std::vect
     p.weights[d].weight_ih = arguments.pointer("weight_ih", directions[d].weight_ih, {directions[d].weight_hh->size(0), p.input_size});
 }
 
-// Writes x @ W_ih^T of every direction into the first columns of `gates` (L, N, D, columns).
-inline void project_input(const char* op, const Tensor& input, const std::vector<DirectionTensors>& directions, const Tensor& gates) {
-  const int64_t rows = input.size(0) * input.size(1), columns = gates.size(3);
-  const Tensor x = torch::stable::reshape(input, {rows, input.size(2)});
-  const Tensor all = torch::stable::view(gates, {rows, gates.size(2) * columns});
-  for (size_t d = 0; d < directions.size(); ++d) {
-    const Tensor& w = *directions[d].weight_ih;
-    check_type(op, "weight_ih", w, input.scalar_type());
-    check_shape(op, "weight_ih", w, {directions[d].weight_hh->size(0), input.size(2)});
-    Tensor part = all;
-    multiply_into(x, torch::stable::transpose(w, 0, 1), torch::stable::narrow(part, 1, static_cast<int64_t>(d) * columns, w.size(0)));
-  }
-}
-
-// The pre-activations of all gates, without bias, from the state that entered each step: `entering` (D, L, N, Hout). They fill
-// `gates` (L, N, D, 4 * H) as BackwardParams::recompute wants them.
-inline void project_again(const char* op, const Sizes& z, const Tensor& input, const Tensor& entering,
-                          const std::vector<DirectionTensors>& directions, const Tensor& gates) {
-  STD_TORCH_CHECK(has_product(input.scalar_type()), op, ": gates must be given but for float32 and float64");
-  check_type(op, "input", input, gates.scalar_type());
-  check_shape(op, "input", input, {z.steps, z.batch, input.size(2)});
-  check_type(op, "entering", entering, gates.scalar_type());
-  check_shape(op, "entering", entering, {z.directions, z.steps, z.batch, z.hidden_out});
-  project_input(op, input, directions, gates);
-  const int64_t rows = z.steps * z.batch, hidden = z.hidden;
-  const Tensor h = torch::stable::contiguous(entering), all = torch::stable::view(gates, {rows, z.directions * 4 * hidden});
-  for (int d = 0; d < z.directions; ++d) {
-    const Tensor states = torch::stable::view(torch::stable::select(h, 0, d), {rows, z.hidden_out});
-    Tensor w = torch::stable::contiguous(*directions[d].weight_hh);
-    const auto multiply = [&](int64_t first, int64_t count, int64_t column, bool add) {
-      Tensor part = all;
-      own_product(states, torch::stable::transpose(torch::stable::narrow(w, 0, first, count), 0, 1),
-                  torch::stable::narrow(part, 1, (4 * d * hidden) + column, count), add);
-    };
-    if (z.cell == CellKind::lstm) {
-      multiply(0, 4 * hidden, 0, true);
-    } else {  // the hidden half of n stays apart
-      multiply(0, 2 * hidden, 0, true);
-      multiply(2 * hidden, hidden, 3 * hidden, false);
-    }
-  }
+inline void run_forward(const ForwardParams& p) {
+  const cpu::Threads pool = threads();
+  const Workspace workspace(cpu::kernels().forward_workspace(p, pool));
+  cpu::kernels().forward(p, pool, workspace.data());
 }
 
 }  // namespace binding

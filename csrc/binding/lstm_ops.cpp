@@ -1,5 +1,5 @@
 // hsm_kernels::lstm_forward and hsm_kernels::lstm_backward on the CPU. Schemas and meanings: hsm_kernels/_ops.py.
-#include "binding/layer.h"
+#include "binding/backward.h"
 
 namespace hsm {
 namespace binding {
@@ -36,19 +36,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   p.c_states = keep_c ? c_states.mutable_data_ptr() : nullptr;
   p.h_n = h_n.mutable_data_ptr();
   p.c_n = c_n.mutable_data_ptr();
-  run_on_cpu(cpu::kernels().forward_workspace, cpu::kernels().forward, p);
+  run_forward(p);
   return {output, h_n, c_n, c_states, gates};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
-    MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTensor grad_c_n, MaybeTensor grad_c_states, Tensor c_states, MaybeTensor gates,
-    MaybeTensor input, MaybeTensor entering, MaybeTensor c_0, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih,
-    MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor weight_ih_reverse, MaybeTensor weight_hh_reverse,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
+    MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTensor grad_c_n, MaybeTensor grad_c_states, Tensor input, MaybeTensor h_0,
+    MaybeTensor c_0, Tensor output, Tensor c_states, MaybeTensor gates, MaybeTensor entering, Tensor weight_ih, Tensor weight_hh,
+    MaybeTensor bias_ih, MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor weight_ih_reverse, MaybeTensor weight_hh_reverse,
     MaybeTensor bias_ih_reverse, MaybeTensor bias_hh_reverse, MaybeTensor weight_hr_reverse, MaybeTensor reset_mask,
-    MaybeTensor reset_c, MaybeTensor detach_mask, MaybeTensor lengths) {
+    MaybeTensor reset_c, MaybeTensor detach_mask, MaybeTensor lengths, bool needs_input, bool needs_weights) {
   const char* op = "lstm_backward";
   STD_TORCH_CHECK(c_states.dim() == 4, op, ": c_states must have shape (L, N, D, H), got ", text(shape_of(c_states)));
-  STD_TORCH_CHECK(gates || (input && entering), op, ": gates, or input and entering, must be given");
   const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, weight_hr},
                                         {weight_ih_reverse, weight_hh_reverse, bias_ih_reverse, bias_hh_reverse, weight_hr_reverse});
   BackwardParams p{};
@@ -59,6 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   Arguments arguments(op, c_states.scalar_type());
   p.boundaries = boundaries_of(arguments, z, reset_mask, {}, reset_c, detach_mask, lengths);
   for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
+  arguments.pointer("h_0", h_0, h_shape);
   p.c_0 = arguments.pointer("c_0", c_0, c_shape);
   p.c_states = arguments.pointer("c_states", c_states, c_steps);
   p.gates = arguments.pointer("gates", gates, {z.steps, z.batch, z.directions, 4 * hidden});
@@ -70,23 +70,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   p.schedule = plan.schedule();
 
   const bool resets = reset_c.has_value();
-  Tensor grad_gates = empty(c_states, {z.steps, z.batch, z.directions, 4 * hidden});
   p.recompute = !gates;
-  if (p.recompute) {
-    project_again(op, z, *input, *entering, directions, grad_gates);
-    p.gates = grad_gates.const_data_ptr();
-  }
   Tensor grad_h = empty(c_states, z.projection ? Shape{z.steps, z.batch, z.directions, out} : Shape{0});
   Tensor grad_h_0 = empty(c_states, h_shape), grad_c_0 = empty(c_states, c_shape);
   Tensor grad_reset_h = empty(c_states, resets ? h_shape : Shape{0}), grad_reset_c = empty(c_states, resets ? c_shape : Shape{0});
-  p.grad_gates = grad_gates.mutable_data_ptr();
   p.grad_h = grad_h.mutable_data_ptr();
   p.grad_h_0 = grad_h_0.mutable_data_ptr();
   p.grad_c_0 = grad_c_0.mutable_data_ptr();
   p.grad_reset_h = resets ? grad_reset_h.mutable_data_ptr() : nullptr;
   p.grad_reset_c = resets ? grad_reset_c.mutable_data_ptr() : nullptr;
-  run_on_cpu(cpu::kernels().backward_workspace, cpu::kernels().backward, p);
-  return {grad_gates, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c};
+  const LayerGradients g = BackwardPass(op, p, input, output, h_0, entering, directions, needs_input, needs_weights).run();
+  return {g.input,        grad_h,         grad_h_0,  grad_c_0,       grad_reset_h,   grad_reset_c,
+          g.weight_ih[0], g.weight_hh[0], g.bias[0], g.weight_ih[1], g.weight_hh[1], g.bias[1]};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hsm_kernels, CPU, m) {

@@ -149,21 +149,26 @@ inline cpu::Threads threads() {
   return {static_cast<int>(torch::stable::get_num_threads()), parallel_for};
 }
 
-// Runs one of the kernels with a workspace from torch's allocator.
-template <class Params>
-void run_on_cpu(size_t (*workspace_bytes)(const Params&, const cpu::Threads&), void (*run)(const Params&, const cpu::Threads&, void*),
-                const Params& params) {
-  const cpu::Threads pool = threads();
-  constexpr size_t alignment = 64, small = 16384;
-  const size_t bytes = workspace_bytes(params, pool);
-  if (bytes <= small) {
-    alignas(alignment) char workspace[small];
-    return run(params, pool, workspace);
+// Memory for a kernel, aligned as it wants it: small ones cost no call of torch's allocator.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) : data_(small_) {
+    if (bytes <= sizeof small_) return;
+    constexpr size_t alignment = 64;
+    heap_ = empty({static_cast<int64_t>(bytes + alignment)}, aoti_torch_dtype_uint8());
+    const uintptr_t start = reinterpret_cast<uintptr_t>(heap_->mutable_data_ptr());
+    data_ = reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment);
   }
-  Tensor workspace = empty({static_cast<int64_t>(bytes + alignment)}, aoti_torch_dtype_uint8());
-  const uintptr_t start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
-  run(params, pool, reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment));
-}
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* data() const { return data_; }
+
+ private:
+  alignas(64) char small_[16384];
+  MaybeTensor heap_;
+  void* data_;
+};
 
 inline bool has_product(ScalarType type) { return type == ScalarType::Float || type == ScalarType::Double; }
 
@@ -178,16 +183,24 @@ inline void own_product(const Tensor& a, const Tensor& b, const Tensor& out, boo
   p.b = b.const_data_ptr(), p.b_depth_stride = b.stride(0), p.b_column_stride = b.stride(1);
   p.c = out.mutable_data_ptr(), p.c_row_stride = out.stride(0);
   p.add = add;
-  run_on_cpu(cpu::kernels().product_workspace, cpu::kernels().product, p);
+  const cpu::Threads pool = threads();
+  const Workspace workspace(cpu::kernels().product_workspace(p, pool));
+  cpu::kernels().product(p, pool, workspace.data());
 }
 
-// out (rows, columns) = a (rows, depth) @ b (depth, columns); by torch where torch is faster.
-inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out) {
-  const bool fits = has_product(a.scalar_type()) && has_unit_stride(a) && has_unit_stride(b) && out.stride(1) == 1;
-  if (fits && cpu::has_faster_product(a.size(0), b.size(1))) return own_product(a, b, out, false);
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that was returned
+inline bool takes_own_product(ScalarType type, int64_t rows, int64_t columns) {
+  return has_product(type) && cpu::has_faster_product(rows, columns);
+}
+
+// out (rows, columns) = a (rows, depth) @ b (depth, columns), or out += that; by torch where torch is faster.
+inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out, bool add = false) {
+  const bool fits = has_unit_stride(a) && has_unit_stride(b) && out.stride(1) == 1;
+  if (fits && takes_own_product(a.scalar_type(), a.size(0), b.size(1))) return own_product(a, b, out, add);
+  if (add) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_mm_out(out.get(), a.get(), b.get()));
+  }
 }
 
 }  // namespace binding

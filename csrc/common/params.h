@@ -84,14 +84,16 @@ struct BackwardParams {
   const void* output;               // (L, N, D * Hout); GRU
   const void* c_states;             // (L, N, D, H); LSTM
   const void* gates;                // (L, N, D, 4 * H) as the forward pass left them
-  // Instead, `gates` is `grad_gates` and holds the pre-activations, without bias: i, f, g, o or r, z and the halves of n.
+  // Instead, `grad_gates` holds the pre-activations, without bias: i, f, g, o or r, z and the halves of n.
   bool recompute;
   const void* grad_output;          // (L, N, D * Hout) or null
   const void* grad_h_n;             // (D, N, Hout) or null
   const void* grad_c_n;             // (D, N, H) or null; LSTM
   const void* grad_c_states;        // (L, N, D, H) or null; LSTM
-  // Results. Gradients of the pre-activations, (L, N, D, 4 * H): i, f, g, o or r, z, input half of n, hidden half of n.
-  void* grad_gates;
+  // Results. Gradients of the pre-activations, for each direction (steps, N, 4 * H): i, f, g, o or r, z, input half of n, hidden
+  // half of n. The steps are those that the rounds at hand go through, from `first_step` on.
+  void* grad_gates[max_directions];
+  int64_t first_step[max_directions];
   void* grad_h;        // (L, N, D, Hout): of every step's h; with a projection only, else null
   void* grad_h_0;      // (D, N, Hout)
   void* grad_c_0;      // (D, N, H); LSTM
@@ -111,6 +113,15 @@ struct ProductParams {
   void* c;
   int64_t c_row_stride;
   bool add;  // to what C holds
+};
+
+// The sum of all rows of a matrix whose columns are contiguous, `sums` (columns), or added to it. Elements of `dtype`.
+struct RowSumParams {
+  ScalarKind dtype;
+  int64_t rows, columns, row_stride;
+  const void* matrix;
+  void* sums;
+  bool add;
 };
 
 }  // namespace hsm

@@ -1,5 +1,5 @@
 // The backward recurrence of one layer: the gradients of all gate pre-activations. Weight and input gradients are products
-// over all steps that the caller does afterwards.
+// over many steps that the caller does between two runs of rounds.
 //
 // Each slot of the schedule goes through its segments from the last step of their direction to the first. A round first takes the
 // gate gradients of the round before back through W_hh, which gives the gradient of the state between two steps. Where a segment
@@ -62,26 +62,36 @@ class Backward {
 
   size_t workspace_bytes() const { return workspace_bytes_; }
 
-  void run() {
+  // Rounds [first, last) of rounds(). What they leave is in the workspace, so that they may run piece by piece, from the first on.
+  void run(int64_t first, int64_t last) {
     for (int64_t g = 0; g < grid_.batch_groups; ++g) barriers_[g] = Barrier();
+    if (first == 0) begin();
+    auto round = [&](int64_t r, int64_t worker) { run_round(first * phases() + r, worker); };
+    run_in_rounds(threads_, grid_, barriers_, (last - first) * phases(), round);
+    auto sum = [this](int64_t n) { sum_resets(n); };
+    if (last == rounds() && p_.grad_reset_h) run_items(threads_, grid_.workers() > 1, z_.batch, sum);
+  }
+
+ private:
+  int64_t rounds() const { return p_.schedule.rounds + 1; }
+  int phases() const { return z_.projection ? 2 : 1; }
+
+  void begin() {
     auto pack = [this](int64_t item) { pack_item(item); };
     run_items(threads_, grid_.workers() > 1, z_.directions * (blocks_ + hidden_blocks_), pack);
     for (int d = 0; d < z_.directions; ++d)
       for (int64_t u = 0; p_.recompute && u < hidden_pad_; u += width)
         pack_bias<T, kind>(p_.weights[d], z_.hidden, u, bias_ + (d * hidden_pad_ + u) * 4);
     walks_.start(p_.schedule, grid_, 0);
-    auto begin = [this](int64_t n) { begin_sequence(n); };
-    run_items(threads_, false, z_.batch, begin);
-    auto round = [this](int64_t r, int64_t worker) { run_round(r, worker); };
-    run_in_rounds(threads_, grid_, barriers_, (p_.schedule.rounds + 1) * phases(), round);
-    auto sum = [this](int64_t n) { sum_resets(n); };
-    if (p_.grad_reset_h) run_items(threads_, grid_.workers() > 1, z_.batch, sum);
+    auto sequence = [this](int64_t n) { begin_sequence(n); };
+    run_items(threads_, false, z_.batch, sequence);
   }
 
- private:
-  int phases() const { return z_.projection ? 2 : 1; }
   int64_t state(int d, int64_t n) const { return d * z_.batch + n; }
   int64_t place(int64_t t, int d, int64_t n) const { return (t * z_.batch + n) * z_.directions + d; }
+  T* grad_gates_at(int64_t t, int d, int64_t n) const {
+    return static_cast<T*>(p_.grad_gates[d]) + ((t - p_.first_step[d]) * z_.batch + n) * 4 * z_.hidden;
+  }
   int count(int64_t u, int64_t size) const { return static_cast<int>(smaller(width, size - u)); }
   // The gradients that the product of round k reads, and those that round k leaves for the next.
   A* product_in(int64_t k, int d, int64_t row) const { return grad_product_[k % 2] + (d * rows_ + row) * depth_; }
@@ -114,19 +124,16 @@ class Backward {
       if (is_lstm) copy_state(empty ? p_.grad_c_n : nullptr, p_.grad_c_0, d, n, z_.hidden);
     }
     for (int64_t t = larger(at_.length(n), 0); t < z_.steps; ++t) {
-      clear(p_.grad_gates, t, n, 4 * static_cast<int64_t>(z_.hidden));
-      if (z_.projection) clear(p_.grad_h, t, n, z_.hidden_out);
+      for (int d = 0; d < z_.directions; ++d) {
+        memset(grad_gates_at(t, d, n), 0, 4 * z_.hidden * sizeof(T));
+        if (z_.projection) memset(static_cast<T*>(p_.grad_h) + place(t, d, n) * z_.hidden_out, 0, z_.hidden_out * sizeof(T));
+      }
     }
   }
 
   void copy_state(const void* from, void* to, int d, int64_t n, int64_t size) {
     for (int64_t u = 0; u < size; u += width)
       store(tensor_at(from, state(d, n), size, u, count(u, size)), static_cast<T*>(to) + state(d, n) * size + u, count(u, size));
-  }
-
-  // Zeros for both directions of step t of sequence n in an (L, N, D, size) tensor.
-  void clear(void* tensor, int64_t t, int64_t n, int64_t size) {
-    memset(static_cast<T*>(tensor) + place(t, 0, n) * size, 0, z_.directions * size * sizeof(T));
   }
 
   // What all resets of a sequence send to its reset state, in the order of time whatever the schedule.
@@ -242,7 +249,7 @@ class Backward {
     } else {
       store(gru_units(t, d, lane, u, grad_m, grad_pre), direct_ + (d * rows_ + row) * out_pad_ + u);
     }
-    T* grad_gates = static_cast<T*>(p_.grad_gates) + at * 4 * z_.hidden + u;
+    T* grad_gates = grad_gates_at(t, d, lane.segment->sequence) + u;
     for (int g = 0; g < 4; ++g) store(grad_pre[g], grad_gates + g * z_.hidden, units);
     // The hidden halves, as the rows of W_hh stand: all four for LSTM; r, z and the hidden half of n for GRU.
     A* operand = product_out(k, d, row) + u;
@@ -257,9 +264,9 @@ class Backward {
     return reaching(p_.grad_c_n, d, lane, z_.hidden, u);
   }
 
-  // The gates at `at`, or their pre-activations.
-  void load_gates(int64_t at, int d, int64_t u, V (&values)[4]) const {
-    const T* gates = static_cast<const T*>(p_.gates) + at * 4 * z_.hidden + u;
+  // The gates of a step, or their pre-activations.
+  void load_gates(int64_t t, int d, int64_t n, int64_t u, V (&values)[4]) const {
+    const T* gates = (p_.recompute ? grad_gates_at(t, d, n) : static_cast<const T*>(p_.gates) + place(t, d, n) * 4 * z_.hidden) + u;
     for (int g = 0; g < 4; ++g) values[g] = load(gates + g * z_.hidden, count(u, z_.hidden));
     for (int g = 0; g < 4 && p_.recompute; ++g) values[g] += load(bias_ + (d * hidden_pad_ + u) * 4 + g * width);
   }
@@ -269,7 +276,7 @@ class Backward {
     const int64_t at = place(t, d, lane.segment->sequence);
     grad_c += tensor_at(p_.grad_c_states, at, z_.hidden, u, units);
     V values[4];
-    load_gates(at, d, u, values);
+    load_gates(t, d, lane.segment->sequence, u, values);
     const LstmGates<V> active = p_.recompute ? lstm_gates<Math>(values) : LstmGates<V>{values[0], values[1], values[2], values[3]};
     const V c = tensor_at(p_.c_states, at, z_.hidden, u, units);
     const V c_prev = entered_state(p_.c_states, p_.c_0, at_.boundaries.reset_c, t, d, lane, u, units);
@@ -280,7 +287,7 @@ class Backward {
 
   V gru_units(int64_t t, int d, const Lane& lane, int64_t u, V grad_h, V (&grad_pre)[4]) {
     V values[4];
-    load_gates(place(t, d, lane.segment->sequence), d, u, values);
+    load_gates(t, d, lane.segment->sequence, u, values);
     const GruGates<V> active = p_.recompute ? gru_gates<Math>(values) : GruGates<V>{values[0], values[1], values[2], values[3]};
     const V h_prev = entered_state(p_.output, p_.h_0, at_.boundaries.reset_h, t, d, lane, u, count(u, z_.hidden));
     V direct;

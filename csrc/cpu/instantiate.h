@@ -5,6 +5,7 @@
 #include "cpu/forward.h"
 #include "cpu/kernels.h"
 #include "cpu/product.h"
+#include "cpu/row_sum.h"
 
 namespace hsm {
 namespace cpu {
@@ -38,9 +39,12 @@ size_t workspace_of(const Params& params, const Threads& threads) {
   return bytes;
 }
 
-template <template <class, CellKind> class Pass, class Params>
-void run_pass(const Params& params, const Threads& threads, void* workspace) {
-  dispatch<Pass>(params, threads, workspace, [](auto& pass) { pass.run(); });
+inline void run_forward(const ForwardParams& params, const Threads& threads, void* workspace) {
+  dispatch<Forward>(params, threads, workspace, [](auto& pass) { pass.run(); });
+}
+
+inline void run_backward(const BackwardParams& params, const Threads& threads, void* workspace, int64_t first, int64_t last) {
+  dispatch<Backward>(params, threads, workspace, [=](auto& pass) { pass.run(first, last); });
 }
 
 // The same for a product.
@@ -65,11 +69,19 @@ inline void run_product(const ProductParams& params, const Threads& threads, voi
   with_product(params, threads, workspace, [](auto& product) { product.run(); });
 }
 
+inline void run_row_sum(const RowSumParams& params) {
+  switch (params.dtype) {
+    case ScalarKind::float64: return RowSum<double>(params).run();
+    case ScalarKind::float32: return RowSum<float>(params).run();
+    case ScalarKind::bfloat16: return RowSum<BFloat16>(params).run();
+    case ScalarKind::float16: return RowSum<Float16>(params).run();
+  }
+}
+
 #define HSM_STRING_(name) #name
 #define HSM_STRING(name) HSM_STRING_(name)
-const Kernels table = {HSM_STRING(HSM_ISA), workspace_of<Forward, ForwardParams>, run_pass<Forward, ForwardParams>,
-                       workspace_of<Backward, BackwardParams>, run_pass<Backward, BackwardParams>,
-                       workspace_of_product, run_product};
+const Kernels table = {HSM_STRING(HSM_ISA), workspace_of<Forward, ForwardParams>, run_forward, workspace_of<Backward, BackwardParams>,
+                       run_backward, workspace_of_product, run_product, run_row_sum};
 
 }  // namespace HSM_ISA
 }  // namespace cpu

@@ -16,9 +16,11 @@ struct Kernels {
   size_t (*forward_workspace)(const ForwardParams&, const Threads&);
   void (*forward)(const ForwardParams&, const Threads&, void* workspace);
   size_t (*backward_workspace)(const BackwardParams&, const Threads&);
-  void (*backward)(const BackwardParams&, const Threads&, void* workspace);
+  // Rounds [first, last) of one more than the schedule has. The first call begins with round 0; the workspace keeps the state.
+  void (*backward)(const BackwardParams&, const Threads&, void* workspace, int64_t first, int64_t last);
   size_t (*product_workspace)(const ProductParams&, const Threads&);
   void (*product)(const ProductParams&, const Threads&, void* workspace);
+  void (*row_sum)(const RowSumParams&);
 };
 
 // The best kernels for this machine, or those that HSM_KERNELS_CPU_ISA=portable|avx2|avx512 names. Throws if they cannot run.
