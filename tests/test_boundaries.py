@@ -425,7 +425,7 @@ def test_seventy_thousand_steps(cell: str) -> None:
     theirs = rnn.to_torch()
     input = leaf(torch.randn(steps, 2, FEATURES))
     reset, detach = (torch.zeros(steps, 2, dtype=torch.bool) for _ in range(2))
-    reset[[9_000, 66_000], 0] = True
+    reset[9_000::9_500, 0] = True  # 66_000 is one of them; torch.nn takes longest for long pieces
     detach[1_000::1_000, 1] = True
     result, _ = rnn(input, reset_mask=reset, detach_mask=detach)
     columns = []

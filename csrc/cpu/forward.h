@@ -45,6 +45,9 @@ class Forward {
     const bool ih_once = packs_ && chunk_lanes_ == lanes && chunk_rounds_ == p_.schedule.rounds;
     const bool hh_once = ih_once && chunk_rounds_ == 1 && grid_.batch_groups == 1;
     if (hh_once) grid_.rows_outside = false;
+    // Weights from farther than the nearest cache come slower than the sums wait for each other, and slower still from two places.
+    constexpr double nearest_cache = 66e3;
+    two_blocks_ = packs_ && !hh_once && rows * z_.hidden_out * sizeof(A) <= nearest_cache * z_.directions;
     const int64_t scratch = (ih_once ? p_.input_size : 0) + (hh_once ? z_.hidden_out : 0);
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_;
@@ -220,6 +223,10 @@ class Forward {
       if (k % chunk_rounds_ == 0) project_input(worker, items, lanes);
       const Chunk& chunk = chunks_[worker];
       const int64_t first_row = chunk.first_rows[k % chunk_rounds_] - first;
+      if (two_blocks_ && lanes.end - lanes.begin == 1) {
+        compute_lane(k, worker, items, first, chunk.starts + (first_row + first) * 4 * width);
+        continue;
+      }
       for_each_tile(grid_, items, lanes, max_rows, [&](int64_t item, int64_t i, int rows) {
         const int d = static_cast<int>(item / blocks_);
         const int64_t u = item % blocks_ * width;
@@ -304,6 +311,32 @@ class Forward {
   void compute_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t u, const A* packed, const A* starts) {
     alignas(64) A product[max_rows * gate_count * width];
     multiply(hh_[d], u, packed, lane_count, {starts, 4 * width}, h_now(k, d, row), out_pad_, product);
+    finish_tile(k, d, lanes, lane_count, row, u, product, starts);
+  }
+
+  // All items of a worker for a lane that is alone, two blocks at a time. `starts`: its row of the first item's.
+  void compute_lane(int64_t k, int64_t worker, const Range& items, int64_t i, const A* starts) {
+    alignas(64) A products[2][gate_count * width];
+    const int64_t item_size = chunk_rows_ * 4 * width;
+    for (int64_t item = items.begin; item < items.end; ++item, starts += item_size) {
+      const int d = static_cast<int>(item / blocks_);
+      const Walk& walk = walks_.at(worker, d);
+      const int64_t u = item % blocks_ * width, row = walk.first_row + i, block_size = width * gate_count * z_.hidden_out;
+      const A* packed = hh_[d].packed + u * gate_count * z_.hidden_out;
+      if (item + 1 == items.end || item % blocks_ + 1 == blocks_) {
+        compute_tile(k, d, walk.lanes + i, 1, row, u, packed, starts);
+        continue;
+      }
+      multiply_two_blocks<A, gate_count>({{starts, 0}, {starts + item_size, 0}}, h_now(k, d, row), {packed, packed + block_size},
+                                         z_.hidden_out, {products[0], products[1]});
+      finish_tile(k, d, walk.lanes + i, 1, row, u, products[0], starts);
+      ++item, starts += item_size;
+      finish_tile(k, d, walk.lanes + i, 1, row, u + width, products[1], starts);
+    }
+  }
+
+  // The cell of some rows, from the sums of their gates.
+  void finish_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t u, const A* product, const A* starts) {
     for (int r = 0; r < lane_count; ++r) {
       const A* hidden = product + r * gate_count * width;
       V m;
@@ -405,6 +438,7 @@ class Forward {
   A* c_;                          // (D, rows, hidden_pad)
   A* m_;                          // (D, rows, hidden_pad): hidden state before the projection
   bool packs_;                    // whether the weights are packed
+  bool two_blocks_;               // whether a lane that is alone takes two of their blocks at a time
   Matrix ih_[max_directions], hh_[max_directions];
   A* packed_hr_[max_directions];
   size_t workspace_bytes_;

@@ -78,6 +78,32 @@ void multiply_block(
   }
 }
 
+// One row of states times two packed blocks: the sums of one block alone would wait for each other.
+template <class A, int columns>
+void multiply_two_blocks(const Start<A> (&start)[2], const A* state, const A* const (&packed)[2], int64_t depth, A* const (&result)[2]) {
+  constexpr int width = lanes<A>();
+  Vector<A> sums[2][columns];
+#pragma GCC unroll 2
+  for (int b = 0; b < 2; ++b)
+#pragma GCC unroll 4
+    for (int v = 0; v < columns; ++v) memcpy(&sums[b][v], start[b].data + v * width, sizeof(Vector<A>));
+  for (int64_t k = 0; k < depth; ++k) {
+    const A value = state[k];
+#pragma GCC unroll 2
+    for (int b = 0; b < 2; ++b)
+#pragma GCC unroll 4
+      for (int v = 0; v < columns; ++v) {
+        Vector<A> weights;
+        memcpy(&weights, packed[b] + (k * columns + v) * width, sizeof weights);
+        sums[b][v] += weights * value;
+      }
+  }
+#pragma GCC unroll 2
+  for (int b = 0; b < 2; ++b)
+#pragma GCC unroll 4
+    for (int v = 0; v < columns; ++v) memcpy(result[b] + v * width, &sums[b][v], sizeof(Vector<A>));
+}
+
 // result (rows, columns * lanes) = state (rows, depth) @ one packed block.
 template <class A>
 HSM_INLINE void multiply_tile(
