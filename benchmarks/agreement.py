@@ -1,8 +1,13 @@
-"""Whether contenders compute the same."""
+"""Whether contenders compute the same, and how far each is from the result in float64."""
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
+from cases import Problem
+from peers import module_call
 from torch import Tensor
 
 # Relative distance between two results, each with its own rounding; far below any real mistake.
@@ -22,3 +27,33 @@ def relative_distance(a: Tensor, b: Tensor) -> float:
         return 0.0
     distance = difference / float(a.norm()) if a.any() else math.inf
     return math.inf if math.isnan(distance) else distance
+
+
+@dataclass(frozen=True)
+class Error:
+    """Relative distances from float64: the output's, and the largest of the gradients'."""
+
+    output: float
+    gradients: float | None  # None outside training
+
+
+def exact_results(problem: Problem) -> tuple[Tensor, ...]:
+    """What torch.nn computes in float64 from the same inputs and weights."""
+    state = problem.state
+    doubled = replace(
+        problem,
+        input=problem.input.double(),
+        state=tuple(part.double() for part in state) if isinstance(state, tuple) else state.double(),
+        output_gradient=problem.output_gradient.double(),
+    )
+    with torch.set_grad_enabled(problem.case.kind == "training"):
+        return module_call(copy.deepcopy(problem.torch_nn).double(), doubled)()
+
+
+def error_of(results: Sequence[Tensor], exact: Sequence[Tensor], problem: Problem) -> Error:
+    """How far ``results`` of ``problem`` are from the exact ones."""
+    outputs = 1 if problem.case.kind == "training" else len(exact)
+    return Error(
+        largest_distance(exact[:outputs], results[:outputs]),
+        largest_distance(exact[outputs:], results[outputs:]) if outputs < len(exact) else None,
+    )

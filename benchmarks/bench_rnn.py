@@ -1,26 +1,33 @@
 """Measure hsm_kernels against other implementations of LSTM and GRU on this machine's CPU.
 
     python benchmarks/bench_rnn.py                  # a choice of rows, under four minutes
-    python benchmarks/bench_rnn.py --full           # the whole grid, float32 and bfloat16
+    python benchmarks/bench_rnn.py --full           # the whole grid, float32 and bfloat16: hours
+    python benchmarks/bench_rnn.py --full --resume  # the rows that are not in the file yet
     python benchmarks/bench_rnn.py --check          # tiny sizes, to see that everything works
     python benchmarks/bench_rnn.py --compare before.json after.json
 
-See README.md beside this file for what is measured and how to read it.
+Peers: torch.nn; ONNX Runtime, OpenVINO and JAX where they are installed (pip install
+hsm_kernels[bench]). See README.md beside this file for what is measured and how to read it.
 """
 
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from agreement import LARGEST_DIFFERENCE, largest_distance
-from cases import DTYPES, Case, check_cases, full_cases, make_problem, quick_cases
-from peers import OURS, PEERS, Peer
+from agreement import LARGEST_DIFFERENCE, error_of, exact_results, largest_distance
+from cases import DTYPES, Case, Problem, check_cases, full_cases, make_problem, quick_cases
+from jax_peer import JAX
+from limits import Limits, measure_limits
+from onnx_peers import ONNX_RUNTIME, OPENVINO
+from peers import OURS, TORCH_PEERS, Peer, Prepared
 from plots import draw
 from results import (
     MEASURES,
@@ -34,11 +41,11 @@ from results import (
     spread_of,
     warn_of_load,
 )
+from targets import format_verdicts, verdicts
 from timing import (
     Contender,
     Effort,
     default_threads,
-    gemm_flops_per_second,
     measure,
     merged,
     nested,
@@ -46,6 +53,9 @@ from timing import (
     share_time,
     torch_threads,
 )
+from torch import Tensor
+
+PEERS = (*TORCH_PEERS, ONNX_RUNTIME, OPENVINO, JAX)
 
 
 @dataclass(frozen=True)
@@ -55,27 +65,31 @@ class Mode:
     cases: Callable[[int], list[Case]]  # for a thread count
     effort: Effort
     seconds: float  # for all rows: a busy machine gets fewer rounds, then rows are left out
-    gemm_seconds: float
+    limits_seconds: float  # for each thread count
+    longest_call: float  # seconds; a peer that takes longer is left out of the row
 
 
 MODES = {
     "quick": Mode(
         quick_cases,
         Effort(block_seconds=0.01, row_seconds=1.0, fewest_rounds=3, most_rounds=15),
-        seconds=200.0,
-        gemm_seconds=1.5,
+        seconds=190.0,
+        limits_seconds=4.0,
+        longest_call=1.0,
     ),
     "full": Mode(
         full_cases,
-        Effort(block_seconds=0.02, row_seconds=3.0, fewest_rounds=7, most_rounds=25),
+        Effort(block_seconds=0.02, row_seconds=3.0, fewest_rounds=5, most_rounds=25),
         seconds=math.inf,
-        gemm_seconds=5.0,
+        limits_seconds=20.0,
+        longest_call=8.0,
     ),
     "check": Mode(
         check_cases,
         Effort(block_seconds=0.001, row_seconds=0.02, fewest_rounds=2, most_rounds=3),
         seconds=math.inf,
-        gemm_seconds=0.1,
+        limits_seconds=0.1,
+        longest_call=10.0,
     ),
 }
 
@@ -93,6 +107,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--threads", type=int, nargs="+", help="thread counts (default: 1 and 2, if there are 2)")
     add("--only", default="", help="only rows whose name holds this text, e.g. 'GRU training'")
+    add("--resume", action="store_true", help="keep the rows that the JSON file has already")
     add("--out", type=Path, help="JSON file; pictures go beside it (default: results/MODE.json)")
     add("--threshold", type=float, default=1.2, help="slowdown at which --compare fails (1.2)")
     add("--by", choices=MEASURES, default="ratio", help="--compare by ratio to torch.nn, or time")
@@ -100,7 +115,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure or compare; 1 if results disagree or a row became slower than allowed, else 0."""
+    """Measure or compare; 1 if results disagree or a row became slower than allowed, else 0.
+
+    A missed target is printed, no more.
+    """
     options = parse_options(arguments)
     if options.compare:
         before, after = options.compare
@@ -112,12 +130,21 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f"bench_rnn: --only {options.only!r} leaves no row of --{options.mode}")
 
     path = options.out or default_path(options.mode)
-    results = Results(describe_machine(), [])
-    for row in measure_all(chosen, mode):
+    machine = describe_machine() | {"peers": {peer.name: peer.describe() for peer in PEERS[1:]}}
+    try:
+        results = Results.resume(path, machine) if options.resume else Results(machine)
+    except ValueError as error:
+        raise SystemExit(f"bench_rnn: {error}") from None
+    measured = {row.case for row in results.rows}
+    todo = [case for case in chosen if case not in measured]
+    find_limits(results, todo, mode)
+    done = 0
+    for row in measure_all(todo, results.limits, mode):
         results.rows.append(row)
+        done += 1
         results.save(path)  # each time, so that a long run that is cut off is not lost
     report(results, path)
-    warn_of_load("bench_rnn", results.machine, len(chosen) - len(results.rows))
+    warn_of_load("bench_rnn", machine, len(todo) - done)
     return complain_of_differences(results.rows)
 
 
@@ -126,28 +153,29 @@ def default_path(mode: str) -> Path:
     return Path(__file__).parent / "results" / f"{mode}.json"
 
 
-def measure_all(cases: list[Case], mode: Mode) -> Iterator[Row]:
-    """Measure the cases one after the other, and the GEMM speed that each is compared with."""
-    kinds = dict.fromkeys((case.dtype, case.threads) for case in cases)
-    gemm_speeds = {
-        (dtype, threads): gemm_flops_per_second(DTYPES[dtype], threads, mode.gemm_seconds) / 1e9
-        for dtype, threads in kinds
-    }
+def find_limits(results: Results, cases: list[Case], mode: Mode) -> None:
+    """Measure the limits of the machine for all thread counts that ``results`` has none for."""
+    known = {limits.threads for limits in results.limits}
+    for threads in dict.fromkeys(case.threads for case in cases if case.threads not in known):
+        results.limits.append(measure_limits(threads, list(DTYPES), mode.limits_seconds))
+
+
+def measure_all(cases: list[Case], limits: list[Limits], mode: Mode) -> Iterator[Row]:
+    """Measure the cases one after the other."""
+    by_threads = {found.threads: found for found in limits}
     for case, left in share_time(cases, mode.seconds):
         with torch_threads(case.threads):
-            speed = gemm_speeds[case.dtype, case.threads]
-            row = measure_row(case, speed, mode.effort.within(left))
+            row = measure_row(case, by_threads[case.threads], left, mode)
         yield row
 
 
-def measure_row(case: Case, gemm_gflops: float, effort: Effort) -> Row:
-    """Check that all contenders agree on ``case``, then time them."""
+def measure_row(case: Case, limits: Limits, left: float, mode: Mode) -> Row:
+    """Check that all contenders agree on ``case``, then time them, in ``left`` seconds if possible."""
+    begin = time.monotonic()
     problem = make_problem(case)
-    calls = {peer: call for peer in PEERS if (call := peer.prepare(problem)) is not None}
-    contenders = [
-        Contender(peer.name, call, context_of(peer, case)) for peer, call in calls.items()
-    ]
-    difference = differences(contenders)
+    contenders, results, skipped = prepare(problem, mode.longest_call)
+    exact = exact_results(problem)
+    effort = mode.effort.within(left - (time.monotonic() - begin))
     blocks = measure(contenders, case.threads, effort)
     return Row(
         case=case,
@@ -155,41 +183,76 @@ def measure_row(case: Case, gemm_gflops: float, effort: Effort) -> Row:
         ratio={
             name: spread_of(ratio(b, blocks[OURS])) for name, b in blocks.items() if name != OURS
         },
-        difference=difference,
-        gemm_gflops=gemm_gflops,
+        skipped=skipped,
+        difference={
+            name: largest_distance(tensors, results[OURS])
+            for name, tensors in results.items()
+            if name != OURS
+        },
+        error={name: error_of(tensors, exact, problem) for name, tensors in results.items()},
+        limit=limits.of(case),
         rounds=len(blocks[OURS]),
     )
 
 
-def context_of(peer: Peer, case: Case) -> Callable[[], AbstractContextManager[object]]:
+def prepare(
+    problem: Problem, longest_call: float
+) -> tuple[list[Contender], dict[str, tuple[Tensor, ...]], dict[str, str]]:
+    """Who is timed, what each of them computes, and who is too slow for it, with the reason."""
+    contenders, results, skipped = [], {}, {}
+    for peer in PEERS:
+        prepared = None if peer.missing() else peer.prepare(problem)
+        if prepared is None:
+            continue
+        context = context_of(peer, problem)
+        with context():
+            results[peer.name], seconds = first_call(prepared)
+        if seconds > longest_call and peer.name != OURS:
+            skipped[peer.name] = f"one call took {seconds:.1f} s, more than {longest_call:g}"
+        else:
+            contenders.append(Contender(peer.name, prepared.run, context))
+    return contenders, results, skipped
+
+
+def first_call(prepared: Prepared) -> tuple[tuple[Tensor, ...], float]:
+    """The results, copied, and about how many seconds they took."""
+    begin = time.monotonic()
+    found = prepared.run()
+    seconds = time.monotonic() - begin
+    return tuple(tensor.clone() for tensor in prepared.read(found)), seconds
+
+
+def context_of(peer: Peer, problem: Problem) -> Callable[[], AbstractContextManager[object]]:
     """What surrounds each block: nothing records gradients outside training."""
-    if case.kind == "training":
-        return peer.context
-    return partial(nested, peer.context, torch.inference_mode)
-
-
-def differences(contenders: list[Contender]) -> dict[str, float]:
-    """How far each peer's results are from ours, relative to their size."""
-    outputs = {}
-    for contender in contenders:
-        with contender.context():
-            outputs[contender.name] = contender.run()
-    return {
-        name: largest_distance(peer, outputs[OURS])
-        for name, peer in outputs.items()
-        if name != OURS
-    }
+    surrounding = partial(peer.context, problem)
+    if problem.case.kind == "training":
+        return surrounding
+    return partial(nested, surrounding, torch.inference_mode)
 
 
 def report(results: Results, path: Path) -> None:
-    """Print the tables; save a picture for each data type beside the results at ``path``."""
+    """Print the tables; save all of it at ``path`` and pictures beside it."""
     for name, value in results.machine.items():
-        print(f"{name + ':':17}{value}")
-    print(f"\n{format_rows(results.rows)}\n\n{format_means(results.rows)}\n\nsaved {path}")
-    for dtype in dict.fromkeys(row.case.dtype for row in results.rows):
-        picture = path.with_name(f"{path.stem}-{dtype}.png")
-        draw(results, dtype, picture)
+        if name != "peers":
+            print(f"{name + ':':17}{value}")
+    for name, facts in results.machine["peers"].items():
+        print(f"{name}: {describe_peer(facts)}")
+    for limits in results.limits:
+        print(limits)
+    found = verdicts(results.rows)
+    results.save(path, targets=[asdict(verdict) for verdict in found])
+    print(f"\n{format_rows(results.rows)}\n\n{format_means(results.rows)}")
+    print(f"\n{format_verdicts(found)}\n\nsaved {path}")
+    for picture in draw(results, path):
         print(f"saved {picture}")
+
+
+def describe_peer(facts: dict[str, Any]) -> str:
+    """The versions and settings of a peer in a line."""
+    if missing := facts.get("missing"):
+        return f"MISSING, not measured: pip install {' '.join(missing)}"
+    versions = [f"{package} {version}" for package, version in facts["versions"].items()]
+    return "; ".join([*versions, facts["settings"]])
 
 
 def complain_of_differences(rows: list[Row]) -> int:

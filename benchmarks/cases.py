@@ -41,6 +41,17 @@ class Case:
         forward = self.length * self.batch * products
         return 3 * forward if self.kind == "training" else forward
 
+    @property
+    def recurrent_weight_bytes(self) -> int:
+        """The size of W_hh, and of W_ih, which has the same shape here."""
+        return GATES[self.op] * self.hidden**2 * DTYPES[self.dtype].itemsize
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What has to be read of the weights: W_hh at each step and W_ih once, in each pass."""
+        passes = 2 if self.kind == "training" else 1
+        return passes * (self.length + 1) * self.recurrent_weight_bytes
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -90,26 +101,28 @@ def grid(
 
 
 def quick_cases(threads: int) -> list[Case]:
-    """A choice from the full grid, in float32, that takes about a minute for each thread count."""
+    """A choice from the full grid, in float32, that takes about two minutes per thread count."""
     dtype = "float32"
     return [
-        *grid("step", [1], [1], [64, 256, 512], dtype, threads),
+        *grid("step", [1], [1], [64, 128, 256, 512], dtype, threads),
         *grid("inference", [32], [1, 16, 64], [64, 256], dtype, threads),
+        *grid("inference", [32], [4], [256], dtype, threads),
         *grid("inference", [32], [1, 16], [512], dtype, threads),
-        *grid("inference", [256], [1, 16], [128], dtype, threads),
+        *grid("inference", [256], [1, 16], [128, 256], dtype, threads),
         *grid("training", [32], [1, 16, 64], [64, 256], dtype, threads),
-        *grid("training", [256], [16], [128], dtype, threads),
+        *grid("training", [32], [16], [512], dtype, threads),
+        *grid("training", [256], [16], [128, 256], dtype, threads),
     ]
 
 
 def full_cases(threads: int) -> list[Case]:
     """The whole grid, in float32 and bfloat16."""
-    sizes = [64, 128, 256, 512]
+    lengths, batches, sizes = [32, 256], [1, 4, 16, 64], [64, 128, 256, 512, 1024]
     cases = []
     for dtype in DTYPES:
-        cases += grid("step", [1], [1], sizes, dtype, threads)
-        cases += grid("inference", [32, 256], [1, 16, 64], sizes, dtype, threads)
-        cases += grid("training", [32, 256], [1, 16, 64], sizes, dtype, threads)
+        cases += grid("step", [1], [1], sizes[:-1], dtype, threads)
+        cases += grid("inference", lengths, batches, sizes, dtype, threads)
+        cases += grid("training", lengths, batches, sizes, dtype, threads)
     return cases
 
 

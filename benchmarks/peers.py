@@ -1,13 +1,16 @@
-"""Who is measured: a function for each contender that prepares a call for a problem.
+"""Who is measured: what a peer is, and those that need nothing but torch.
 
 To add a peer (another runtime, say), write a function that takes a :class:`cases.Problem` and
-returns a call that computes it, or None where the peer is not installed or cannot do that case.
-Conversion and compilation belong before the call. Then list it in ``PEERS``.
+returns what computes it, :class:`Prepared`, or None where the peer cannot do that case. Conversion
+and compilation belong before the call. Then list the :class:`Peer` in ``bench_rnn.PEERS``.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from cases import Problem
@@ -21,12 +24,38 @@ TORCH_WITHOUT_ONEDNN = "torch.nn, oneDNN off"
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A call that is timed, and how to read what it returns as torch.nn's results."""
+
+    run: Callable[[], Any]
+    read: Callable[[Any], tuple[Tensor, ...]] = tuple
+
+
+@dataclass(frozen=True)
 class Peer:
     """A contender: its name, how it prepares a problem, and what surrounds its calls."""
 
     name: str
-    prepare: Callable[[Problem], Call | None]
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    prepare: Callable[[Problem], Prepared | None]
+    context: Callable[[Problem], AbstractContextManager[object]] = lambda problem: nullcontext()
+    packages: tuple[str, ...] = ()  # that it needs beside torch
+    settings: str = ""
+
+    def missing(self) -> list[str]:
+        """The packages it needs that are not installed."""
+        return [package for package in self.packages if find_spec(package) is None]
+
+    def describe(self) -> dict[str, Any]:
+        """Versions and settings, or what is missing."""
+        if missing := self.missing():
+            return {"missing": missing}
+        versions = {package: version(package) for package in self.packages}
+        return {"versions": versions, "settings": self.settings}
+
+
+def torch_peer(problem: Problem) -> Prepared:
+    """torch.nn's module."""
+    return Prepared(module_call(problem.torch_nn, problem))
 
 
 def module_call(module: nn.RNNBase, problem: Problem) -> Call:
@@ -65,7 +94,7 @@ def training_call(
 
 
 @contextmanager
-def without_onednn() -> Iterator[None]:
+def without_onednn(_: Problem | None = None) -> Iterator[None]:
     """Let torch use its own kernels in place of oneDNN's."""
     set_flags = torch.backends.mkldnn.set_flags
     before, *_ = set_flags(_enabled=False, _fp32_precision=None)  # type: ignore[no-untyped-call]
@@ -75,12 +104,8 @@ def without_onednn() -> Iterator[None]:
         set_flags(_enabled=before, _fp32_precision=None)  # type: ignore[no-untyped-call]
 
 
-PEERS = (
-    Peer(OURS, lambda problem: module_call(problem.ours, problem)),
-    Peer(TORCH, lambda problem: module_call(problem.torch_nn, problem)),
-    Peer(
-        TORCH_WITHOUT_ONEDNN,
-        lambda problem: module_call(problem.torch_nn, problem),
-        without_onednn,
-    ),
+TORCH_PEERS = (
+    Peer(OURS, lambda problem: Prepared(module_call(problem.ours, problem))),
+    Peer(TORCH, torch_peer, settings="as it comes: oneDNN on"),
+    Peer(TORCH_WITHOUT_ONEDNN, torch_peer, without_onednn, settings="oneDNN off"),
 )

@@ -8,19 +8,22 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from agreement import Error
 from cases import Case
+from limits import Limit, Limits
 from peers import OURS, TORCH
 from torch.utils.benchmark import Measurement
 
 import hsm_kernels as hsm
 
-FORMAT = 1
+FORMAT = 2
+NOISY = 0.2  # quartiles so far apart, relative to the median
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class Spread:
         """The median, and the quartiles in brackets."""
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the quartiles are far from each other."""
+        return self.high - self.low > NOISY * self.median
+
 
 def spread_of(measurement: Measurement, scale: float = 1.0) -> Spread:
     """Median and quartiles of a measurement."""
@@ -47,26 +55,35 @@ def spread_of(measurement: Measurement, scale: float = 1.0) -> Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """The measured times of one case."""
+    """What was measured for one case; ``milliseconds`` and ``ratio`` lack the peers in ``skipped``."""
 
     case: Case
     milliseconds: dict[str, Spread]  # by contender
     ratio: dict[str, Spread]  # peer time / our time, by peer
+    skipped: dict[str, str]  # peers that can do the case, and why they were not timed
     difference: dict[str, float]  # relative distance of a peer's results from ours
-    gemm_gflops: float  # what large matrix products reach on the same threads in the same run
+    error: dict[str, Error]  # from float64, by contender
+    limit: Limit
     rounds: int
 
     @property
-    def share_of_gemm(self) -> float:
-        """The part of the GEMM speed that our multiplications reach; 1 is the limit."""
-        seconds = self.milliseconds[OURS].median / 1e3
-        return self.case.flops / seconds / (self.gemm_gflops * 1e9)
+    def share_of_limit(self) -> float:
+        """The limit's time over ours; 1 is all that the machine can do."""
+        return self.limit.milliseconds / self.milliseconds[OURS].median
+
+    @property
+    def share_of_peak(self) -> float:
+        """The part of the GEMM peak that our multiplications reach."""
+        return self.limit.products_ms / self.milliseconds[OURS].median
 
     def to_json(self) -> dict[str, Any]:
         """Everything, derived figures too, for readers without this program."""
         return asdict(self) | {
             "flops": self.case.flops,
-            "share_of_gemm": self.share_of_gemm,
+            "streamed_bytes": self.case.streamed_bytes,
+            "limit_ms": self.limit.milliseconds,
+            "share_of_limit": self.share_of_limit,
+            "share_of_peak": self.share_of_peak,
         }
 
     @classmethod
@@ -74,6 +91,8 @@ class Row:
         """The row that ``to_json`` wrote."""
         known = {field.name: data[field.name] for field in fields(cls)}
         known["case"] = Case(**data["case"])
+        known["limit"] = Limit(**data["limit"])
+        known["error"] = {name: Error(**error) for name, error in data["error"].items()}
         for name in ("milliseconds", "ratio"):
             known[name] = {key: Spread(**spread) for key, spread in data[name].items()}
         return cls(**known)
@@ -84,11 +103,13 @@ class Results:
     """One run of the benchmark."""
 
     machine: dict[str, Any]
-    rows: list[Row]
+    rows: list[Row] = field(default_factory=list)
+    limits: list[Limits] = field(default_factory=list)  # one for each thread count
 
-    def save(self, path: Path) -> None:
-        """Write a JSON file."""
-        save(path, self.machine, [row.to_json() for row in self.rows])
+    def save(self, path: Path, **more: Any) -> None:
+        """Write a JSON file, with ``more`` at its top level."""
+        more["limits"] = [asdict(limits) for limits in self.limits]
+        save(path, self.machine, [row.to_json() for row in self.rows], format=FORMAT, **more)
 
     @classmethod
     def load(cls, path: Path) -> "Results":
@@ -99,14 +120,36 @@ class Results:
                 f"{path}: a results file of format {FORMAT} is wanted, got {data.get('format')}; "
                 "measure again with this version"
             )
-        return cls(data["machine"], [Row.from_json(row) for row in data["rows"]])
+        rows = [Row.from_json(row) for row in data["rows"]]
+        return cls(data["machine"], rows, [Limits(**limits) for limits in data["limits"]])
+
+    @classmethod
+    def resume(cls, path: Path, machine: dict[str, Any]) -> "Results":
+        """The file at ``path`` to add rows to, or a new one if there is none.
+
+        Raises ValueError where its rows are of another machine, or of other versions.
+        """
+        if not path.exists():
+            return cls(machine)
+        results = cls.load(path)
+        for name in machine.keys() - {"date", "load_at_start"}:
+            if results.machine.get(name) != machine[name]:
+                raise ValueError(
+                    f"--resume: the rows in {path} were measured with {name} = "
+                    f"{results.machine.get(name)}, now it is {machine[name]}; measure all rows again"
+                )
+        return results
 
 
-def save(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write the rows of any benchmark to a JSON file."""
-    data = {"format": FORMAT, "machine": machine, "rows": rows}
+def save(
+    path: Path, machine: dict[str, Any], rows: list[dict[str, Any]], *, format: int = 1, **more: Any
+) -> None:
+    """Write the rows of any benchmark to a JSON file; a run that is cut off leaves the file whole."""
+    data = {"format": format, "machine": machine, **more, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    written = path.with_name(f"{path.name}.new")
+    written.write_text(json.dumps(data, indent=1) + "\n")
+    written.replace(path)
 
 
 # The machine
@@ -170,11 +213,20 @@ def _without_paths(flags: Iterable[str]) -> str:
 
 
 def format_rows(rows: list[Row]) -> str:
-    """One line for each row: our time, the share of the GEMM speed, the ratio to each peer."""
+    """One line for each row: our time, the share of the limit, the ratio to each peer."""
     peers = peer_names(rows)
-    head = f"{'':9} {'':9} {'':8} {'L':>4} {'N':>3} {'H':>4} {'ms':>9} {'of GEMM':>8}"
-    lines = [head + "".join(f"  {'vs ' + peer:>27}" for peer in peers)]
-    return "\n".join(lines + [format_row(row, peers) for row in rows])
+    head = f"{'':9} {'':9} {'':8} {'L':>4} {'N':>3} {'H':>4} {'ms':>9} {'limit ms':>9} {'of limit':>9}"
+    lines = [
+        "Peer time / our time (above 1 we are faster); ~: quartiles over 20% apart",
+        head + "".join(f"  {'vs ' + peer:>12}" for peer in peers),
+    ]
+    lines += [format_row(row, peers) for row in rows]
+    lines += [
+        f"{row.case}: {peer} is left out: {reason}"
+        for row in rows
+        for peer, reason in row.skipped.items()
+    ]
+    return "\n".join(lines)
 
 
 def format_row(row: Row, peers: list[str]) -> str:
@@ -183,9 +235,15 @@ def format_row(row: Row, peers: list[str]) -> str:
     line = (
         f"{case.op + ' x' + str(case.threads):9} {case.kind:9} {case.dtype:8} {case.length:4} "
         f"{case.batch:3} {case.hidden:4} {row.milliseconds[OURS].median:9.4f} "
-        f"{row.share_of_gemm:8.1%}"
+        f"{row.limit.milliseconds:9.4f} {row.share_of_limit:9.1%}"
     )
-    return line + "".join(f"  {row.ratio.get(peer, '-')!s:>27}" for peer in peers)
+    return line + "".join(
+        f"  {_format_ratio(row.ratio.get(peer)):>{max(12, len(peer) + 3)}}" for peer in peers
+    )
+
+
+def _format_ratio(ratio: Spread | None) -> str:
+    return f"{'~' if ratio.noisy else ''}{ratio.median:.2f}" if ratio else "-"
 
 
 def peer_names(rows: list[Row]) -> list[str]:
@@ -203,19 +261,21 @@ def format_means(rows: list[Row]) -> str:
         case = row.case
         groups[case.threads, case.dtype, case.op, "all"].append(row)
     peers = peer_names(rows)
-    lines = ["Geometric means of peer time / our time (above 1 we are faster), and the worst row:"]
+    lines = [
+        "Geometric means of peer time / our time, and the worst row:",
+        f"{'':33} {'rows':>4}" + "".join(f"  {'vs ' + peer:>14}" for peer in peers),
+    ]
     for group in sorted(groups, key=lambda group: group[:3]):
         threads, dtype, op, kind = group
-        line = f"{op + ' x' + str(threads):9} {kind:9} {dtype:8} {len(groups[group]):3} rows"
-        lines.append(line + "".join(f"  {_format_mean(groups[group], peer)}" for peer in peers))
+        line = f"{op + ' x' + str(threads):9} {kind:9} {dtype:13} {len(groups[group]):4}"
+        means = (_format_mean(groups[group], peer) for peer in peers)
+        lines.append(line + "".join(f"  {mean:>{max(14, len(peer) + 3)}}" for peer, mean in zip(peers, means, strict=True)))
     return "\n".join(lines)
 
 
 def _format_mean(rows: list[Row], peer: str) -> str:
     ratios = [row.ratio[peer].median for row in rows if peer in row.ratio]
-    if not ratios:
-        return f"{peer} -"
-    return f"{peer} {statistics.geometric_mean(ratios):5.2f} (worst {min(ratios):5.2f})"
+    return f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "-"
 
 
 # Two files compared

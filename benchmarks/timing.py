@@ -1,4 +1,4 @@
-"""Interleaved timing with torch.utils.benchmark, and the peak of matrix multiplication."""
+"""Interleaved timing with torch.utils.benchmark."""
 
 import os
 import time
@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 AnyCase = TypeVar("AnyCase")
 
-GEMM_SIZE = 1536
 LONGEST_BLOCK = 10_000  # calls
+LONGEST_WAIT = 0.1  # seconds, for the threads of the contender before
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Contender:
     """Something to time: ``run`` is called again and again inside ``context``."""
 
     name: str
-    run: Callable[[], tuple[torch.Tensor, ...]]
+    run: Callable[[], object]
     context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
@@ -46,7 +46,9 @@ def measure(
     """Time all contenders in turns: in each round every one gets one block of calls.
 
     Blocks of one round lie side by side in time, so a change in the machine's load meets all
-    contenders alike. Who begins changes from round to round.
+    contenders alike. Who begins changes from round to round. On several threads a block begins when
+    the worker threads of the one before have gone to sleep: those of OpenMP spin for some 10 ms after
+    a call, those of ONNX Runtime for some 35 ms.
     """
     timers = {
         contender.name: Timer("run()", globals={"run": contender.run}, num_threads=threads)
@@ -59,7 +61,7 @@ def measure(
             once = _seconds_per_call(timers[contender.name])
         calls[contender.name] = _calls_per_block(once, effort)
         # Timer runs up to two warm-up calls, or one in a hundred, before each block.
-        round_seconds += once * (calls[contender.name] + 2)
+        round_seconds += once * (calls[contender.name] + 2) + _wait_for_workers(threads)
     rounds = int(effort.row_seconds / round_seconds)
     rounds = max(effort.fewest_rounds, min(effort.most_rounds, rounds))
 
@@ -70,6 +72,7 @@ def measure(
             with contender.context():
                 block = _block(timers[contender.name], calls[contender.name])
             blocks[contender.name].append(block)
+            _wait_for_workers(threads)
     return blocks
 
 
@@ -96,16 +99,6 @@ def share_time(cases: Sequence[AnyCase], seconds: float) -> Iterator[tuple[AnyCa
         yield case, left
 
 
-def gemm_flops_per_second(dtype: torch.dtype, threads: int, seconds: float) -> float:
-    """The speed that torch.mm reaches on large square matrices: the practical limit."""
-    a, b, out = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(3))
-    contender = Contender("gemm", lambda: (torch.mm(a, b, out=out),))
-    effort = Effort(block_seconds=0, row_seconds=seconds, fewest_rounds=5, most_rounds=100)
-    with torch.inference_mode():
-        blocks = measure([contender], threads, effort)["gemm"]
-    return 2 * GEMM_SIZE**3 / merged(blocks).median
-
-
 def default_threads() -> list[int]:
     """The thread counts to measure with: 1, and 2 where there are two cores."""
     return sorted({1, min(2, len(os.sched_getaffinity(0)))})
@@ -129,6 +122,19 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _wait_for_workers(threads: int) -> float:
+    """Wait until no thread of this process spins any more; the seconds that took."""
+    begin = time.monotonic()
+    if threads > 1:
+        used = time.process_time()
+        while time.monotonic() - begin < LONGEST_WAIT:
+            time.sleep(0.002)
+            before, used = used, time.process_time()
+            if used - before < 0.0005:
+                break
+    return time.monotonic() - begin
 
 
 def _block(timer: Timer, calls: int) -> Measurement:

@@ -1,0 +1,120 @@
+"""What this machine can do at best: multiply matrices, and read weights."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from cases import DTYPES, Case
+from timing import Contender, Effort, measure, merged, torch_threads
+from torch import Tensor
+
+import hsm_kernels  # noqa: F401 - registers torch.ops.hsm_kernels
+
+GEMM_SIZES = (1024, 1536)
+WEIGHT_SIZES = (128, 256, 512, 1024)  # H of an LSTM; its W_hh has 0.25, 1, 4, 16 MB
+READ_AT_ONCE = 2**23  # bytes that one call reads, at least
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a case takes at least: its products, and reading its weights."""
+
+    products_ms: float
+    weights_ms: float
+
+    @property
+    def milliseconds(self) -> float:
+        """The larger one."""
+        return max(self.products_ms, self.weights_ms)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The speeds that were reached on so many threads, by what reached them."""
+
+    threads: int
+    gemm: dict[str, dict[str, float]]  # by data type: floating point operations per second
+    reading: dict[str, dict[str, float]]  # by the bytes of a float32 matrix: bytes per second
+
+    def of(self, case: Case) -> Limit:
+        """The limit for a case, by the reading speed of the size nearest to that of its W_hh."""
+        wanted = math.log(case.recurrent_weight_bytes)
+        nearest = min(self.reading, key=lambda size: abs(math.log(int(size)) - wanted))
+        peak, bandwidth = (max(speeds.values()) for speeds in (self.gemm[case.dtype], self.reading[nearest]))
+        return Limit(1e3 * case.flops / peak, 1e3 * case.streamed_bytes / bandwidth)
+
+    def __str__(self) -> str:
+        """The best of each, and who reached it."""
+        lines = []
+        for dtype, speeds in self.gemm.items():
+            all_speeds = ", ".join(f"{name} {speed / 1e9:.0f}" for name, speed in speeds.items())
+            best = max(speeds, key=lambda name: speeds[name])
+            lines.append(f"x{self.threads} {dtype} GEMM: {speeds[best] / 1e9:.0f} GFLOP/s, {best} ({all_speeds})")
+        for size, speeds in self.reading.items():
+            best = max(speeds, key=lambda name: speeds[name])
+            lines.append(
+                f"x{self.threads} reading {int(size) / 2**20:g} MB: {speeds[best] / 1e9:.0f} GB/s, {best}"
+            )
+        return "\n".join(lines)
+
+
+def measure_limits(threads: int, dtypes: list[str], seconds: float) -> Limits:
+    """Measure all speeds in about ``seconds``."""
+    each = seconds / (len(dtypes) + len(WEIGHT_SIZES))
+    with torch_threads(threads), torch.inference_mode():
+        return Limits(
+            threads,
+            {dtype: _gemm_speeds(DTYPES[dtype], threads, each) for dtype in dtypes},
+            dict(_reading_speeds(hidden, threads, each) for hidden in WEIGHT_SIZES),
+        )
+
+
+def _gemm_speeds(dtype: torch.dtype, threads: int, seconds: float) -> dict[str, float]:
+    """Of square matrices, the best size for each."""
+    found: dict[str, float] = {}
+    for size in GEMM_SIZES:
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        seconds_per_call = _medians(multiplications(a, b), threads, seconds / len(GEMM_SIZES))
+        for name, median in seconds_per_call.items():
+            found[name] = max(found.get(name, 0), 2 * size**3 / median)
+    return found
+
+
+def multiplications(a: Tensor, b: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Ways to multiply matrices: MKL's, or what else torch was built with; oneDNN's; ours."""
+    ways = {
+        "torch.mm": partial(torch.mm, a, b),
+        "hsm_kernels product": partial(torch.ops.hsm_kernels.product, a, b),
+    }
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        linear = torch.ops.mkldnn._linear_pointwise
+        ways["oneDNN linear"] = partial(linear, a, b, None, "none", [], "")
+    return ways
+
+
+def _reading_speeds(hidden: int, threads: int, seconds: float) -> tuple[str, dict[str, float]]:
+    weight, vector = torch.randn(4 * hidden, hidden), torch.randn(hidden)
+    size = weight.nbytes
+    # A small matrix again and again in one call, whose own cost would hide it; each thread its part.
+    times = max(1, READ_AT_ONCE // size)
+    parts = weight.flatten()[: weight.numel() // threads * threads].view(threads, 1, -1)
+    repeated = parts.expand(-1, times, -1)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "torch.mv": partial(torch.mv, weight, vector),
+        "torch.sum": partial(torch.sum, weight),
+        "torch.sum, repeated": partial(torch.sum, repeated, -1),
+    }
+    read = {"torch.mv": size, "torch.sum": size, "torch.sum, repeated": times * size}
+    medians = _medians(ways, threads, seconds)
+    return str(size), {name: read[name] / median for name, median in medians.items()}
+
+
+def _medians(
+    ways: dict[str, Callable[[], Tensor]], threads: int, seconds: float
+) -> dict[str, float]:
+    contenders = [Contender(name, run) for name, run in ways.items()]
+    effort = Effort(block_seconds=0.002, row_seconds=seconds, fewest_rounds=5, most_rounds=100)
+    blocks = measure(contenders, threads, effort)
+    return {name: merged(measured).median for name, measured in blocks.items()}
