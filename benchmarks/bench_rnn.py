@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from agreement import LARGEST_DIFFERENCE, error_of, exact_results, largest_distance
-from cases import DTYPES, Case, Problem, check_cases, full_cases, make_problem, quick_cases
+from cases import Case, Problem, check_cases, full_cases, make_problem, quick_cases
 from jax_peer import JAX
 from limits import Limits, measure_limits
 from onnx_peers import ONNX_RUNTIME, OPENVINO
@@ -67,6 +67,7 @@ class Mode:
     seconds: float  # for all rows: a busy machine gets fewer rounds, then rows are left out
     limits_seconds: float  # for each thread count
     longest_call: float  # seconds; a peer that takes longer is left out of the row
+    gemm_sizes: tuple[int, ...] = (1024, 1536)
 
 
 MODES = {
@@ -90,6 +91,7 @@ MODES = {
         seconds=math.inf,
         limits_seconds=0.1,
         longest_call=10.0,
+        gemm_sizes=(128,),
     ),
 }
 
@@ -157,7 +159,7 @@ def find_limits(results: Results, cases: list[Case], mode: Mode) -> None:
     """Measure the limits of the machine for all thread counts that ``results`` has none for."""
     known = {limits.threads for limits in results.limits}
     for threads in dict.fromkeys(case.threads for case in cases if case.threads not in known):
-        results.limits.append(measure_limits(threads, list(DTYPES), mode.limits_seconds))
+        results.limits.append(measure_limits(threads, mode.limits_seconds, mode.gemm_sizes))
 
 
 def measure_all(cases: list[Case], limits: list[Limits], mode: Mode) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """What this machine can do at best: multiply matrices, and read weights."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 import hsm_kernels  # noqa: F401 - registers torch.ops.hsm_kernels
 
-GEMM_SIZES = (1024, 1536)
 WEIGHT_SIZES = (128, 256, 512, 1024)  # H of an LSTM; its W_hh has 0.25, 1, 4, 16 MB
 READ_AT_ONCE = 2**23  # bytes that one call reads, at least
 
@@ -46,37 +45,43 @@ class Limits:
         return Limit(1e3 * case.flops / peak, 1e3 * case.streamed_bytes / bandwidth)
 
     def __str__(self) -> str:
-        """The best of each, and who reached it."""
+        """All speeds; the first of a line counts."""
         lines = []
         for dtype, speeds in self.gemm.items():
-            all_speeds = ", ".join(f"{name} {speed / 1e9:.0f}" for name, speed in speeds.items())
-            best = max(speeds, key=lambda name: speeds[name])
-            lines.append(f"x{self.threads} {dtype} GEMM: {speeds[best] / 1e9:.0f} GFLOP/s, {best} ({all_speeds})")
+            lines.append(f"x{self.threads} GEMM {dtype}, GFLOP/s: {_format_speeds(speeds)}")
         for size, speeds in self.reading.items():
-            best = max(speeds, key=lambda name: speeds[name])
-            lines.append(
-                f"x{self.threads} reading {int(size) / 2**20:g} MB: {speeds[best] / 1e9:.0f} GB/s, {best}"
-            )
+            megabytes = int(size) / 2**20
+            lines.append(f"x{self.threads} reading {megabytes:g} MB, GB/s: {_format_speeds(speeds)}")
         return "\n".join(lines)
 
 
-def measure_limits(threads: int, dtypes: list[str], seconds: float) -> Limits:
+def _format_speeds(speeds: dict[str, float]) -> str:
+    fastest_first = sorted(speeds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {speed / 1e9:.0f}" for name, speed in fastest_first)
+
+
+def measure_limits(threads: int, seconds: float, gemm_sizes: Sequence[int]) -> Limits:
     """Measure all speeds in about ``seconds``."""
-    each = seconds / (len(dtypes) + len(WEIGHT_SIZES))
+    each = seconds / (len(DTYPES) + len(WEIGHT_SIZES))
     with torch_threads(threads), torch.inference_mode():
         return Limits(
             threads,
-            {dtype: _gemm_speeds(DTYPES[dtype], threads, each) for dtype in dtypes},
+            {
+                name: _gemm_speeds(dtype, threads, each, gemm_sizes)
+                for name, dtype in DTYPES.items()
+            },
             dict(_reading_speeds(hidden, threads, each) for hidden in WEIGHT_SIZES),
         )
 
 
-def _gemm_speeds(dtype: torch.dtype, threads: int, seconds: float) -> dict[str, float]:
+def _gemm_speeds(
+    dtype: torch.dtype, threads: int, seconds: float, sizes: Sequence[int]
+) -> dict[str, float]:
     """Of square matrices, the best size for each."""
     found: dict[str, float] = {}
-    for size in GEMM_SIZES:
+    for size in sizes:
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        seconds_per_call = _medians(multiplications(a, b), threads, seconds / len(GEMM_SIZES))
+        seconds_per_call = _medians(multiplications(a, b), threads, seconds / len(sizes))
         for name, median in seconds_per_call.items():
             found[name] = max(found.get(name, 0), 2 * size**3 / median)
     return found
@@ -115,6 +120,6 @@ def _medians(
     ways: dict[str, Callable[[], Tensor]], threads: int, seconds: float
 ) -> dict[str, float]:
     contenders = [Contender(name, run) for name, run in ways.items()]
-    effort = Effort(block_seconds=0.002, row_seconds=seconds, fewest_rounds=5, most_rounds=100)
+    effort = Effort(block_seconds=0.002, row_seconds=seconds, fewest_rounds=3, most_rounds=100)
     blocks = measure(contenders, threads, effort)
     return {name: merged(measured).median for name, measured in blocks.items()}

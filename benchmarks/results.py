@@ -268,8 +268,9 @@ def format_means(rows: list[Row]) -> str:
     for group in sorted(groups, key=lambda group: group[:3]):
         threads, dtype, op, kind = group
         line = f"{op + ' x' + str(threads):9} {kind:9} {dtype:13} {len(groups[group]):4}"
-        means = (_format_mean(groups[group], peer) for peer in peers)
-        lines.append(line + "".join(f"  {mean:>{max(14, len(peer) + 3)}}" for peer, mean in zip(peers, means, strict=True)))
+        for peer in peers:
+            line += f"  {_format_mean(groups[group], peer):>{max(14, len(peer) + 3)}}"
+        lines.append(line)
     return "\n".join(lines)
 
 
