@@ -21,7 +21,7 @@ PYTEST := cd tests && $(abspath $(BIN))/python -m pytest
 NEEDS_LIBRARY := test_abi.py test_build.py test_jit.py
 SOURCES := $(shell find hsm_kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo demo-memory demo-audio test lint test-wheel test-none test-jit test-versions bench bench-full bench-boundaries clean
+.PHONY: demo demo-memory demo-audio test lint test-wheel test-none test-jit test-versions peers bench bench-full bench-boundaries clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed
@@ -63,11 +63,16 @@ test-versions: $(VENV)/installed
 	    (export PYTHONPATH=$$target HSM_KERNELS_JIT=0; $(PYTEST) -s test_abi.py test_ops.py $(ARGS)); \
 	done
 
-bench: $(VENV)/installed
+bench: peers
 	$(BIN)/python benchmarks/bench_rnn.py --quick $(ARGS)
 
-bench-full: $(VENV)/installed
+bench-full: peers
 	$(BIN)/python benchmarks/bench_rnn.py --full $(ARGS)
+
+# The runtimes to compare with. What cannot be installed is left out of the comparison.
+peers: $(VENV)/installed
+	test -f $(VENV)/peers || { $(PIP) "$$(echo build/wheel/*.whl)[bench]" && touch $(VENV)/peers; } || \
+	    echo "make: not all peers could be installed; the benchmark measures without them"
 
 bench-boundaries: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_boundaries.py $(ARGS)

@@ -14,9 +14,9 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cases import Case, Problem, check_cases, full_cases, make_problem, quick_ca
 from jax_peer import JAX
 from limits import Limits, measure_limits
 from onnx_peers import ONNX_RUNTIME, OPENVINO
-from peers import OURS, TORCH_PEERS, Peer, Prepared
+from peers import OURS, TORCH, TORCH_PEERS, Peer, Prepared
 from plots import draw
 from results import (
     MEASURES,
@@ -56,6 +56,7 @@ from timing import (
 from torch import Tensor
 
 PEERS = (*TORCH_PEERS, ONNX_RUNTIME, OPENVINO, JAX)
+NEVER_SKIPPED = (OURS, TORCH)  # however long a call takes: the targets need them
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     todo = [case for case in chosen if case not in measured]
     find_limits(results, todo, mode)
     done = 0
-    for row in measure_all(todo, results.limits, mode):
+    for row in measure_all(todo, results, mode):
         results.rows.append(row)
         done += 1
         results.save(path)  # each time, so that a long run that is cut off is not lost
@@ -162,20 +163,22 @@ def find_limits(results: Results, cases: list[Case], mode: Mode) -> None:
         results.limits.append(measure_limits(threads, mode.limits_seconds, mode.gemm_sizes))
 
 
-def measure_all(cases: list[Case], limits: list[Limits], mode: Mode) -> Iterator[Row]:
-    """Measure the cases one after the other."""
-    by_threads = {found.threads: found for found in limits}
+def measure_all(cases: list[Case], results: Results, mode: Mode) -> Iterator[Row]:
+    """Measure the cases one after the other; ``results`` has the limits, and the rows before."""
+    limits = {found.threads: found for found in results.limits}
     for case, left in share_time(cases, mode.seconds):
         with torch_threads(case.threads):
-            row = measure_row(case, by_threads[case.threads], left, mode)
+            row = measure_row(case, limits[case.threads], left, mode, results.rows)
         yield row
 
 
-def measure_row(case: Case, limits: Limits, left: float, mode: Mode) -> Row:
+def measure_row(
+    case: Case, limits: Limits, left: float, mode: Mode, rows_before: Sequence[Row] = ()
+) -> Row:
     """Check that all contenders agree on ``case``, then time them, in ``left`` seconds if possible."""
     begin = time.monotonic()
     problem = make_problem(case)
-    contenders, results, skipped = prepare(problem, mode.longest_call)
+    contenders, results, skipped = prepare(problem, mode.longest_call, rows_before)
     exact = exact_results(problem)
     effort = mode.effort.within(left - (time.monotonic() - begin))
     blocks = measure(contenders, case.threads, effort)
@@ -198,22 +201,36 @@ def measure_row(case: Case, limits: Limits, left: float, mode: Mode) -> Row:
 
 
 def prepare(
-    problem: Problem, longest_call: float
+    problem: Problem, longest_call: float, rows_before: Sequence[Row] = ()
 ) -> tuple[list[Contender], dict[str, tuple[Tensor, ...]], dict[str, str]]:
     """Who is timed, what each of them computes, and who is too slow for it, with the reason."""
     contenders, results, skipped = [], {}, {}
     for peer in PEERS:
+        if smaller := smaller_skipped_row(peer, problem.case, rows_before):
+            skipped[peer.name] = f"too slow in {smaller.case} already"
+            continue
         prepared = None if peer.missing() else peer.prepare(problem)
         if prepared is None:
             continue
         context = context_of(peer, problem)
         with context():
             results[peer.name], seconds = first_call(prepared)
-        if seconds > longest_call and peer.name != OURS:
+        if seconds > longest_call and peer.name not in NEVER_SKIPPED:
             skipped[peer.name] = f"one call took {seconds:.1f} s, more than {longest_call:g}"
         else:
             contenders.append(Contender(peer.name, prepared.run, context))
     return contenders, results, skipped
+
+
+def smaller_skipped_row(peer: Peer, case: Case, rows: Sequence[Row]) -> Row | None:
+    """A row with less work of the same sort that ``peer`` was too slow for, if there is one."""
+    for row in rows:
+        found = row.case
+        same = replace(case, length=found.length, batch=found.batch, hidden=found.hidden) == found
+        sizes = ((found.length, case.length), (found.batch, case.batch), (found.hidden, case.hidden))
+        if peer.name in row.skipped and same and all(a <= b for a, b in sizes):
+            return row
+    return None
 
 
 def first_call(prepared: Prepared) -> tuple[tuple[Tensor, ...], float]:
