@@ -81,9 +81,9 @@ def _gemm_speeds(
     found: dict[str, float] = {}
     for size in sizes:
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        seconds_per_call = _medians(multiplications(a, b), threads, seconds / len(sizes))
-        for name, median in seconds_per_call.items():
-            found[name] = max(found.get(name, 0), 2 * size**3 / median)
+        times = _seconds(multiplications(a, b), threads, seconds / len(sizes))
+        for name, time in times.items():
+            found[name] = max(found.get(name, 0), 2 * size**3 / time)
     return found
 
 
@@ -112,14 +112,15 @@ def _reading_speeds(hidden: int, threads: int, seconds: float) -> tuple[str, dic
         "torch.sum, repeated": partial(torch.sum, repeated, -1),
     }
     read = {"torch.mv": size, "torch.sum": size, "torch.sum, repeated": times * size}
-    medians = _medians(ways, threads, seconds)
-    return str(size), {name: read[name] / median for name, median in medians.items()}
+    times = _seconds(ways, threads, seconds)
+    return str(size), {name: read[name] / time for name, time in times.items()}
 
 
-def _medians(
+def _seconds(
     ways: dict[str, Callable[[], Tensor]], threads: int, seconds: float
 ) -> dict[str, float]:
+    """The time of a call in the fastest block: a limit is what was reached once."""
     contenders = [Contender(name, run) for name, run in ways.items()]
     effort = Effort(block_seconds=0.002, row_seconds=seconds, fewest_rounds=3, most_rounds=100)
     blocks = measure(contenders, threads, effort)
-    return {name: merged(measured).median for name, measured in blocks.items()}
+    return {name: min(merged(measured).times) for name, measured in blocks.items()}
