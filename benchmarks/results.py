@@ -133,12 +133,18 @@ class Results:
             return cls(machine)
         results = cls.load(path)
         for name in machine.keys() - {"date", "load_at_start"}:
-            if results.machine.get(name) != machine[name]:
+            before, now = (_without_dirty(each.get(name)) for each in (results.machine, machine))
+            if before != now:
                 raise ValueError(
-                    f"--resume: the rows in {path} were measured with {name} = "
-                    f"{results.machine.get(name)}, now it is {machine[name]}; measure all rows again"
+                    f"--resume: the rows in {path} were measured with {name} = {before}, now it is "
+                    f"{now}; measure all rows again"
                 )
         return results
+
+
+def _without_dirty(fact: Any) -> Any:
+    """A commit without git's mark, which a results file that is being written may cause."""
+    return fact.removesuffix("-dirty") if isinstance(fact, str) else fact
 
 
 def save(
