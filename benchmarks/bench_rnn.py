@@ -63,6 +63,7 @@ NEVER_SKIPPED = (OURS, TORCH)  # however long a call takes: the targets need the
 class Mode:
     """A choice of rows, and how long to spend on them."""
 
+    help: str
     cases: Callable[[int], list[Case]]  # for a thread count
     effort: Effort
     seconds: float  # for all rows: a busy machine gets fewer rounds, then rows are left out
@@ -73,6 +74,7 @@ class Mode:
 
 MODES = {
     "quick": Mode(
+        "a choice of rows in float32, under four minutes (the default)",
         quick_cases,
         Effort(block_seconds=0.01, row_seconds=1.0, fewest_rounds=3, most_rounds=15),
         seconds=190.0,
@@ -80,6 +82,7 @@ MODES = {
         longest_call=1.0,
     ),
     "full": Mode(
+        "all rows, float32 and bfloat16: hours",
         full_cases,
         Effort(block_seconds=0.02, row_seconds=3.0, fewest_rounds=5, most_rounds=25),
         seconds=math.inf,
@@ -87,6 +90,7 @@ MODES = {
         longest_call=8.0,
     ),
     "check": Mode(
+        "tiny sizes, to see that everything works",
         check_cases,
         Effort(block_seconds=0.001, row_seconds=0.02, fewest_rounds=2, most_rounds=3),
         seconds=math.inf,
@@ -103,15 +107,21 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     task = parser.add_mutually_exclusive_group()
-    for mode in MODES:
-        task.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)
-    task.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"))
+    for name, mode in MODES.items():
+        task.add_argument(f"--{name}", dest="mode", action="store_const", const=name, help=mode.help)
+    task.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE", "AFTER"),
+        help="measure nothing; show what became slower between two JSON files",
+    )
     parser.set_defaults(mode="quick")
     add = parser.add_argument
     add("--threads", type=int, nargs="+", help="thread counts (default: 1 and 2, if there are 2)")
     add("--only", default="", help="only rows whose name holds this text, e.g. 'GRU training'")
-    add("--resume", action="store_true", help="keep the rows that the JSON file has already")
-    add("--out", type=Path, help="JSON file; pictures go beside it (default: results/MODE.json)")
+    add("--resume", action="store_true", help="keep the rows that the JSON file has, measure the rest")
+    add("--out", type=Path, help="JSON file; pictures beside it (default: results/MODE.json)")
     add("--threshold", type=float, default=1.2, help="slowdown at which --compare fails (1.2)")
     add("--by", choices=MEASURES, default="ratio", help="--compare by ratio to torch.nn, or time")
     return parser.parse_args(arguments)
