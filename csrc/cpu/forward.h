@@ -47,7 +47,7 @@ class Forward {
     if (hh_once) grid_.rows_outside = false;
     // Weights from farther than the nearest cache come slower than the sums wait for each other, and slower still from two places.
     constexpr double nearest_cache = 66e3;
-    two_blocks_ = packs_ && !hh_once && rows * z_.hidden_out * sizeof(A) <= nearest_cache * z_.directions;
+    two_blocks_ = packs_ && !hh_once && z_.hidden_out <= longest_sum && rows * z_.hidden_out * sizeof(A) <= nearest_cache * z_.directions;
     const int64_t scratch = (ih_once ? p_.input_size : 0) + (hh_once ? z_.hidden_out : 0);
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_;

@@ -20,12 +20,15 @@ constexpr int max_rows = 2;
 #endif
 constexpr int max_columns = 4;
 
-// Where the sums start: row r at data + r * row_stride. Nowhere: from zero.
+// What the sums are added to: row r at data + r * row_stride. Nowhere: to zero.
 template <class A>
 struct Start {
   const A* data = nullptr;
   int64_t row_stride = 0;
 };
+
+// Sums of so many products are added up before they are added to what there is: rounding errors grow with the length of a sum.
+constexpr int64_t longest_sum = 256;
 
 // The sums run in the same order whatever the number of rows: a sequence gives the same bits in any batch.
 // Element k of row r of the states is state[r * row_stride + k * depth_stride].
@@ -33,33 +36,37 @@ template <class A, int rows, int columns>
 HSM_INLINE void multiply_rows(
     Start<A> start, const A* state, int64_t row_stride, int64_t depth_stride, const A* packed, int64_t depth, A* result) {
   constexpr int width = lanes<A>();
-  Vector<A> sums[rows][columns];
-  if (start.data) {
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < columns; ++v) memcpy(&sums[r][v], start.data + r * start.row_stride + v * width, sizeof(Vector<A>));
-  } else {
+  int64_t k = 0;
+  do {
+    Vector<A> sums[rows][columns];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < columns; ++v) sums[r][v] = Vector<A>{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector<A> weights[columns];
+    for (const int64_t end = smaller(k + longest_sum, depth); k < end; ++k) {
+      Vector<A> weights[columns];
 #pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v) memcpy(&weights[v], packed + (k * columns + v) * width, sizeof(Vector<A>));
+      for (int v = 0; v < columns; ++v) memcpy(&weights[v], packed + (k * columns + v) * width, sizeof(Vector<A>));
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const A value = state[r * row_stride + k * depth_stride];
+      for (int r = 0; r < rows; ++r) {
+        const A value = state[r * row_stride + k * depth_stride];
 #pragma GCC unroll 4
-      for (int v = 0; v < columns; ++v) sums[r][v] += weights[v] * value;
+        for (int v = 0; v < columns; ++v) sums[r][v] += weights[v] * value;
+      }
     }
-  }
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v) memcpy(result + (r * columns + v) * width, &sums[r][v], sizeof(Vector<A>));
+      for (int v = 0; v < columns; ++v) {
+        if (start.data) {
+          Vector<A> before;
+          memcpy(&before, start.data + r * start.row_stride + v * width, sizeof before);
+          sums[r][v] += before;
+        }
+        memcpy(result + (r * columns + v) * width, &sums[r][v], sizeof(Vector<A>));
+      }
+    start = {result, columns * width};
+  } while (k < depth);
 }
 
 template <class A, int columns>
@@ -78,15 +85,11 @@ void multiply_block(
   }
 }
 
-// One row of states times two packed blocks: the sums of one block alone would wait for each other.
+// One row of states times two packed blocks of no more than `longest_sum`: the sums of one block alone would wait for each other.
 template <class A, int columns>
 void multiply_two_blocks(const Start<A> (&start)[2], const A* state, const A* const (&packed)[2], int64_t depth, A* const (&result)[2]) {
   constexpr int width = lanes<A>();
-  Vector<A> sums[2][columns];
-#pragma GCC unroll 2
-  for (int b = 0; b < 2; ++b)
-#pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v) memcpy(&sums[b][v], start[b].data + v * width, sizeof(Vector<A>));
+  Vector<A> sums[2][columns] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const A value = state[k];
 #pragma GCC unroll 2
@@ -101,7 +104,12 @@ void multiply_two_blocks(const Start<A> (&start)[2], const A* state, const A* co
 #pragma GCC unroll 2
   for (int b = 0; b < 2; ++b)
 #pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v) memcpy(result[b] + v * width, &sums[b][v], sizeof(Vector<A>));
+    for (int v = 0; v < columns; ++v) {
+      Vector<A> before;
+      memcpy(&before, start[b].data + v * width, sizeof before);
+      sums[b][v] += before;
+      memcpy(result[b] + v * width, &sums[b][v], sizeof(Vector<A>));
+    }
 }
 
 // result (rows, columns * lanes) = state (rows, depth) @ one packed block.
