@@ -251,6 +251,62 @@ def test_gradients_of_a_part(cell: str) -> None:
         torch.testing.assert_close(found, gradient, rtol=0, atol=0)
 
 
+# (steps, batch, inputs, hidden, proj_size, directions). Kernels that work with pairs of numbers fill odd sizes up.
+PAIRS = {
+    "one unit": (4, 2, 1, 1, 0, 1),
+    "even": (5, 7, 34, 66, 0, 2),
+    "odd": (5, 7, 33, 35, 0, 2),
+    "projected": (4, 9, 3, 39, 21, 2),
+    "one step, few rows": (1, 2, 67, 129, 0, 2),
+    "one step, large weights": (1, 4, 263, 257, 0, 1),
+    "one step, projected": (1, 1, 5, 71, 35, 1),
+    "one step, many rows": (1, 20, 33, 35, 0, 1),
+    "several chunks": (40, 20, 5, 49, 0, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", PAIRS)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_half_precision_shapes(poisoned_memory: None, cell: str, shape: str, dtype: torch.dtype) -> None:
+    """Every way through the native kernels, with sizes that do and do not fill the vectors that they work with."""
+    steps, batch, inputs, hidden, proj_size, directions = PAIRS[shape]
+    proj_size = proj_size if cell == "LSTM" else 0
+    options = {"bias": batch != 7, "resets": True, "reset_state": True, "dtype": dtype}
+    case = Case(cell, steps, batch, inputs, hidden, proj_size, directions, **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        ours, low, wanted = case.forward(), case.by_reference(), case.in_dtype(torch.float64).by_reference()
+    for k in range(len(wanted)):
+        assert_close_to_reference(ours[k], wanted[k], low[k], f"result {k}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cell, proj_size", [("LSTM", 0), ("LSTM", 3), ("GRU", 0)])
+def test_infinite_input_saturates(cell: str, proj_size: int, dtype: torch.dtype) -> None:
+    """Infinity times the zeros that fill up a vector is NaN, which must not reach the units."""
+    case = Case(cell, steps=4, hidden=7, inputs=5, proj_size=proj_size, dtype=dtype)
+    with torch.no_grad():
+        case.input[0, 0, 0] = torch.inf
+        ours, low, wanted = case.forward(), case.by_reference(), case.in_dtype(torch.float64).by_reference()
+    for k in range(len(wanted)):
+        assert wanted[k].isfinite().all()
+        assert_close_to_reference(ours[k], wanted[k], low[k], f"result {k}")
+
+
+@pytest.mark.requires_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_calls_give_the_bits_of_one(dtype: torch.dtype) -> None:
+    """What a GRU hands on between steps is what it returns, rounded to the dtype."""
+    case = Case("GRU", steps=7, batch=7, inputs=9, hidden=37, dtype=dtype)
+    output, h_n = case.forward()
+    whole = case.input
+    case.input = whole[:3]
+    first, *case.state = case.forward()
+    case.input = whole[3:]
+    second, last = case.forward()
+    torch.testing.assert_close((torch.cat((first, second)), last), (output, h_n), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_input_of_any_strides(poisoned_memory: None, cell: str) -> None:
     case = Case(cell, steps=6, batch=5, inputs=7)
@@ -300,6 +356,23 @@ def test_threads_give_the_same_bits(cell: str, directions: int, name: str) -> No
         torch.testing.assert_close(grads, results[0][1], rtol=1e-4, atol=1e-4)
     wanted = case.in_dtype(torch.float64).by_reference()
     torch.testing.assert_close(results[0][0], tuple(w.float() for w in wanted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.requires_library
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_threads_give_the_same_bits_in_bfloat16(cell: str, name: str) -> None:
+    case = Case(**{"cell": cell, **LARGE[name]}, directions=2, resets=True, lengths=True, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(case.forward())
+    finally:
+        torch.set_num_threads(before)
+    for outputs in results[1:]:
+        torch.testing.assert_close(outputs, results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
@@ -445,12 +518,15 @@ def test_the_native_kernels_guard_their_memory(cell: str, what: str) -> None:
 
 
 @pytest.mark.requires_library
-@pytest.mark.parametrize("instruction_set", ["portable", "avx2"])
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
 def test_instruction_sets(instruction_set: str) -> None:
     """The kernels that this machine would not choose pass the same tests."""
     if os.environ.get("HSM_KERNELS_CPU_ISA"):
         pytest.skip("already runs with a chosen instruction set")
-    chosen = "equals_the_reference or other_dtypes or threads or one_step or segments or chunks"
+    if instruction_set == "avx512" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("the CPU has no AVX-512")
+    chosen = "equals_the_reference or other_dtypes or half_precision or infinite or threads or one_step"
+    chosen += " or segments or chunks"
     environment = {**os.environ, "HSM_KERNELS_CPU_ISA": instruction_set}
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen, "-p", "no:cacheprovider"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

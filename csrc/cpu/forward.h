@@ -19,9 +19,11 @@ namespace HSM_ISA {
 template <class T, CellKind kind>
 class Forward {
   using A = typename Accumulator<T>::type;
+  using E = typename Operand<T>::type;  // of weights, inputs and hidden states
   using V = Vector<A>;
   using Math = typename MathOf<A>::type;
   static constexpr int width = lanes<A>();
+  static constexpr int vector = width * Multiplication<E>::per_lane;  // operands in one vector
   static constexpr int gate_count = kind == CellKind::lstm ? 4 : 3;
   static constexpr bool is_lstm = kind == CellKind::lstm;
 
@@ -31,13 +33,16 @@ class Forward {
     hidden_pad_ = round_up(z_.hidden, width);
     out_pad_ = round_up(z_.hidden_out, width);
     blocks_ = hidden_pad_ / width;
+    ih_depth_ = whole_lanes<E>(p_.input_size);
+    hh_depth_ = whole_lanes<E>(z_.hidden_out);
+    hr_depth_ = whole_lanes<E>(z_.hidden);
     out_blocks_ = z_.projection ? (out_pad_ / width + max_columns - 1) / max_columns : 0;
     const double rows = gate_count * static_cast<double>(z_.hidden) * z_.directions;
     const double weights = rows * static_cast<double>(z_.hidden_out + p_.input_size), flops = 2 * weights * p_.schedule.slots;
     // For one step of a few sequences packing the weights takes longer than the step, the more so if they are not in the cache.
     constexpr double near_cache = 1e6;
     packs_ = z_.steps != 1 || z_.batch > (weights * sizeof(T) < near_cache ? 2 : 4);
-    grid_ = choose_grid(threads.count, p_.schedule, max_rows, flops, rows * z_.hidden_out * sizeof(A), blocks_ * z_.directions);
+    grid_ = choose_grid(threads.count, p_.schedule, max_rows, flops, rows * z_.hidden_out * sizeof(E), blocks_ * z_.directions);
     const int64_t lanes = Slots::rows_of_a_group(p_.schedule, grid_.batch_groups);
     rows_ = lanes * grid_.batch_groups;
     choose_chunk(lanes);
@@ -47,8 +52,8 @@ class Forward {
     if (hh_once) grid_.rows_outside = false;
     // Weights from farther than the nearest cache come slower than the sums wait for each other, and slower still from two places.
     constexpr double nearest_cache = 66e3;
-    two_blocks_ = packs_ && !hh_once && z_.hidden_out <= longest_sum && rows * z_.hidden_out * sizeof(A) <= nearest_cache * z_.directions;
-    const int64_t scratch = (ih_once ? p_.input_size : 0) + (hh_once ? z_.hidden_out : 0);
+    two_blocks_ = packs_ && !hh_once && z_.hidden_out <= longest_sum && rows * z_.hidden_out * sizeof(E) <= nearest_cache * z_.directions;
+    const int64_t scratch = (ih_once ? ih_depth_ : 0) + (hh_once ? hh_depth_ : 0);
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_;
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
@@ -56,19 +61,19 @@ class Forward {
     chunks_ = arena.take<Chunk>(grid_.workers());
     for (int64_t worker = 0; worker < grid_.workers(); ++worker) {
       const Chunk chunk{arena.take<Lane>(lanes), arena.take<int64_t>(chunk_rounds_ + 1),
-                        arena.take<A>(z_.directions * chunk_rows_ * p_.input_size), arena.take<A>(share_ * chunk_rows_ * 4 * width),
-                        arena.take<A>(gate_count * width * scratch)};
+                        arena.take<E>(z_.directions * chunk_rows_ * ih_depth_), arena.take<A>(share_ * chunk_rows_ * 4 * width),
+                        arena.take<E>(gate_count * width * scratch)};
       if (chunk.lanes) chunks_[worker] = chunk;
     }
     bias_ = arena.take<A>(z_.directions * 4 * hidden_pad_);
-    for (A*& h : h_) h = arena.take<A>(states * out_pad_);
+    for (E*& h : h_) h = arena.take<E>(states * out_pad_);
     c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
-    m_ = arena.take<A>(z_.projection ? states * hidden_pad_ : 0);
+    m_ = arena.take<E>(z_.projection ? states * hidden_pad_ : 0);
     for (int d = 0; d < z_.directions; ++d) {
-      const auto packed = [&](bool once, int64_t depth) { return packs_ && !once ? arena.take<A>(hidden_pad_ * gate_count * depth) : nullptr; };
-      ih_[d] = {static_cast<const T*>(p_.weights[d].weight_ih), p_.input_size, packed(ih_once, p_.input_size)};
-      hh_[d] = {static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, packed(hh_once, z_.hidden_out)};
-      packed_hr_[d] = arena.take<A>(z_.projection ? out_blocks_ * max_columns * width * z_.hidden : 0);
+      const auto packed = [&](bool once, int64_t depth) { return packs_ && !once ? arena.take<E>(hidden_pad_ * gate_count * depth) : nullptr; };
+      ih_[d] = {static_cast<const T*>(p_.weights[d].weight_ih), p_.input_size, ih_depth_, packed(ih_once, ih_depth_)};
+      hh_[d] = {static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, hh_depth_, packed(hh_once, hh_depth_)};
+      packed_hr_[d] = arena.take<E>(z_.projection ? out_blocks_ * max_columns * width * hr_depth_ : 0);
     }
     workspace_bytes_ = arena.used();
   }
@@ -93,27 +98,27 @@ class Forward {
   // Rows of W, the gates', and the same packed in blocks of one vector of units, or null.
   struct Matrix {
     const T* rows;
-    int64_t depth;
-    A* packed;
+    int64_t depth, packed_depth;
+    E* packed;
   };
 
   // What a worker knows of the rounds that it has projected the input of. A row is one step of one lane.
   struct Chunk {
     Lane* lanes;          // to look ahead with
     int64_t* first_rows;  // of each round
-    A* input;             // (D, rows, I)
+    E* input;             // (D, rows, ih_depth)
     // (items of the worker, rows, 4, width): what the recurrent sums start from; for GRU r, z and the hidden half of n, then the
     // input half of n.
     A* starts;
-    A* scratch;  // a packed block of each matrix that is used once
+    E* scratch;  // a packed block of each matrix that is used once
   };
 
   int phases() const { return z_.projection ? 2 : 1; }
   int count(int64_t u, int64_t size) const { return static_cast<int>(smaller(width, size - u)); }
-  A* h_now(int64_t k, int d, int64_t row) const { return h_[k % 2] + (d * rows_ + row) * out_pad_; }
-  A* h_next(int64_t k, int d, int64_t row) const { return h_[(k + 1) % 2] + (d * rows_ + row) * out_pad_; }
+  E* h_now(int64_t k, int d, int64_t row) const { return h_[k % 2] + (d * rows_ + row) * out_pad_; }
+  E* h_next(int64_t k, int d, int64_t row) const { return h_[(k + 1) % 2] + (d * rows_ + row) * out_pad_; }
   A* c_at(int d, int64_t row) const { return c_ + (d * rows_ + row) * hidden_pad_; }
-  A* m_at(int d, int64_t row) const { return m_ + (d * rows_ + row) * hidden_pad_; }
+  E* m_at(int d, int64_t row) const { return m_ + (d * rows_ + row) * hidden_pad_; }
   const A* bias_at(int d, int64_t u) const { return bias_ + (d * hidden_pad_ + u) * 4; }
   int64_t place(int64_t t, int d, int64_t n) const { return (t * z_.batch + n) * z_.directions + d; }
   // Elements u.. of sequence n in a (D, N, size) tensor that may be missing: zeros then.
@@ -140,18 +145,19 @@ class Forward {
     if (block >= blocks_) return pack_projection(d, block - blocks_);
     const int64_t u = block * width;
     for (const Matrix& w : {ih_[d], hh_[d]})
-      if (w.packed) pack_block(w, u, w.packed + u * gate_count * w.depth);
+      if (w.packed) pack_block(w, u, w.packed + u * gate_count * w.packed_depth);
     pack_bias<T, kind>(p_.weights[d], z_.hidden, u, bias_ + (d * hidden_pad_ + u) * 4);
   }
 
-  void pack_block(const Matrix& w, int64_t u, A* packed) const {
+  void pack_block(const Matrix& w, int64_t u, E* packed) const {
     for (int g = 0; g < gate_count; ++g)
-      pack_transposed(w.rows, w.depth, w.depth, g * static_cast<int64_t>(z_.hidden) + u, count(u, z_.hidden), gate_count * width, packed + g * width);
+      pack_transposed(w.rows, w.depth, w.depth, g * static_cast<int64_t>(z_.hidden) + u, count(u, z_.hidden), gate_count * width,
+                      packed + g * vector);
   }
 
   // The packed block of the units from u on; packed now, into `scratch`, if it was not.
-  const A* packed_block(const Matrix& w, int64_t u, A* scratch) const {
-    if (w.packed) return w.packed + u * gate_count * w.depth;
+  const E* packed_block(const Matrix& w, int64_t u, E* scratch) const {
+    if (w.packed) return w.packed + u * gate_count * w.packed_depth;
     if (packs_) pack_block(w, u, scratch);
     return scratch;
   }
@@ -161,7 +167,7 @@ class Forward {
     for (int v = 0; v < max_columns; ++v) {
       const int64_t u = block * outputs + v * width;
       pack_transposed(static_cast<const T*>(p_.weights[d].weight_hr), z_.hidden, z_.hidden, u, static_cast<int>(larger(0, count(u, z_.hidden_out))),
-                      outputs, packed_hr_[d] + block * outputs * z_.hidden + v * width);
+                      outputs, packed_hr_[d] + block * outputs * hr_depth_ + v * vector);
     }
   }
 
@@ -232,8 +238,8 @@ class Forward {
         const int64_t u = item % blocks_ * width;
         const Walk& walk = walks_.at(worker, d);
         const A* starts = chunk.starts + ((item - items.begin) * chunk_rows_ + first_row + i) * 4 * width;
-        A* scratch = chunk.scratch + gate_count * width * p_.input_size;
-        const A* packed = hh_[d].packed || i == lanes.begin ? packed_block(hh_[d], u, scratch) : scratch;
+        E* scratch = chunk.scratch + gate_count * width * ih_depth_;
+        const E* packed = hh_[d].packed || i == lanes.begin ? packed_block(hh_[d], u, scratch) : scratch;
         compute_tile(k, d, walk.lanes + i, rows, walk.first_row + i, u, packed, starts);
       });
     }
@@ -242,21 +248,21 @@ class Forward {
   // The product of the input that some lanes take in the next rounds.
   void project_input(int64_t worker, const Range& items, const Range& lanes) {
     Chunk& chunk = chunks_[worker];
-    for (int d = 0; d < z_.directions; ++d) look_ahead(walks_.at(worker, d), lanes, chunk, chunk.input + d * chunk_rows_ * p_.input_size);
+    for (int d = 0; d < z_.directions; ++d) look_ahead(walks_.at(worker, d), lanes, chunk, chunk.input + d * chunk_rows_ * ih_depth_);
     const Range rows{0, chunk.first_rows[chunk_rounds_]};
     for (int64_t item = items.begin; item < items.end; ++item) {
       const int d = static_cast<int>(item / blocks_);
-      const A* input = chunk.input + d * chunk_rows_ * p_.input_size;
+      const E* input = chunk.input + d * chunk_rows_ * ih_depth_;
       A* starts = chunk.starts + (item - items.begin) * chunk_rows_ * 4 * width;
       const int64_t u = item % blocks_ * width;
-      const A* packed = packed_block(ih_[d], u, chunk.scratch);
+      const E* packed = packed_block(ih_[d], u, chunk.scratch);
       for (int64_t row = 0; row < rows.end; row += max_rows)
-        start_rows(d, u, static_cast<int>(smaller(max_rows, rows.end - row)), packed, input + row * p_.input_size, starts + row * 4 * width);
+        start_rows(d, u, static_cast<int>(smaller(max_rows, rows.end - row)), packed, input + row * ih_depth_, starts + row * 4 * width);
     }
   }
 
   // Brings together the input of the rounds that follow, and counts their rows.
-  void look_ahead(const Walk& walk, const Range& lanes, Chunk& chunk, A* input) {
+  void look_ahead(const Walk& walk, const Range& lanes, Chunk& chunk, E* input) {
     Walk ahead{chunk.lanes, walk.active, walk.first_row};
     memcpy(ahead.lanes, walk.lanes, walk.active * sizeof(Lane));
     int64_t row = 0;
@@ -265,8 +271,9 @@ class Forward {
       for (int64_t i = lanes.begin; i < smaller(lanes.end, ahead.active); ++i, ++row) {
         const T* from = static_cast<const T*>(p_.input) + ahead.lanes[i].step() * p_.input_step_stride +
                         ahead.lanes[i].segment->sequence * p_.input_batch_stride;
-        A* to = input + row * p_.input_size;
+        E* to = input + row * ih_depth_;
         for (int64_t j = 0; j < p_.input_size; j += width) store(load(from + j, count(j, p_.input_size)), to + j, count(j, p_.input_size));
+        for (int64_t j = p_.input_size; j < ih_depth_; ++j) to[j] = E{};
       }
       ahead.advance(false);
     }
@@ -274,10 +281,10 @@ class Forward {
   }
 
   // x @ W_ih^T + biases, as Chunk::starts has it.
-  void start_rows(int d, int64_t u, int rows, const A* packed, const A* input, A* starts) {
+  void start_rows(int d, int64_t u, int rows, const E* packed, const E* input, A* starts) {
     alignas(64) A product[max_rows * gate_count * width];
     const A* bias = bias_at(d, u);
-    multiply(ih_[d], u, packed, rows, {bias, 0}, input, p_.input_size, is_lstm ? starts : product);
+    multiply(ih_[d], u, packed, rows, {bias, 0}, input, ih_depth_, is_lstm ? starts : product);
     for (int r = 0; r < rows && !is_lstm; ++r) {
       A* start = starts + r * 4 * width;
       for (int g = 0; g < gate_count; ++g) store(load(product + (r * gate_count + g) * width), start + (g < 2 ? g : 3) * width);
@@ -286,8 +293,8 @@ class Forward {
   }
 
   // The gates of one vector of units from u on, whose weights are `packed`, for some rows of states.
-  void multiply(const Matrix& w, int64_t u, const A* packed, int rows, Start<A> start, const A* states, int64_t row_stride, A* result) {
-    if (packs_) return multiply_block<A, gate_count>(rows, start, states, row_stride, 1, packed, w.depth, result);
+  void multiply(const Matrix& w, int64_t u, const E* packed, int rows, Start<A> start, const E* states, int64_t row_stride, A* result) {
+    if (packs_) return multiply_block<E, gate_count>(rows, start, states, row_stride, 1, packed, w.depth, result);
     switch (rows) {
       case 1: return multiply_unpacked_rows<1>(w, u, start, states, row_stride, result);
       case 2: return multiply_unpacked_rows<2>(w, u, start, states, row_stride, result);
@@ -299,7 +306,7 @@ class Forward {
   }
 
   template <int rows>
-  void multiply_unpacked_rows(const Matrix& w, int64_t u, Start<A> start, const A* states, int64_t row_stride, A* result) {
+  void multiply_unpacked_rows(const Matrix& w, int64_t u, Start<A> start, const E* states, int64_t row_stride, A* result) {
     for (int g = 0; g < gate_count; ++g) {
       V sums[rows];
       multiply_unpacked<rows>(states, row_stride, w.rows + (g * static_cast<int64_t>(z_.hidden) + u) * w.depth, w.depth, count(u, z_.hidden), sums);
@@ -308,7 +315,7 @@ class Forward {
   }
 
   // `lanes` and `row`: the first lane of the tile, and its row of states. `starts`: its first row of Chunk::starts.
-  void compute_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t u, const A* packed, const A* starts) {
+  void compute_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t u, const E* packed, const A* starts) {
     alignas(64) A product[max_rows * gate_count * width];
     multiply(hh_[d], u, packed, lane_count, {starts, 4 * width}, h_now(k, d, row), out_pad_, product);
     finish_tile(k, d, lanes, lane_count, row, u, product, starts);
@@ -321,14 +328,14 @@ class Forward {
     for (int64_t item = items.begin; item < items.end; ++item, starts += item_size) {
       const int d = static_cast<int>(item / blocks_);
       const Walk& walk = walks_.at(worker, d);
-      const int64_t u = item % blocks_ * width, row = walk.first_row + i, block_size = width * gate_count * z_.hidden_out;
-      const A* packed = hh_[d].packed + u * gate_count * z_.hidden_out;
+      const int64_t u = item % blocks_ * width, row = walk.first_row + i, block_size = width * gate_count * hh_depth_;
+      const E* packed = hh_[d].packed + u * gate_count * hh_depth_;
       if (item + 1 == items.end || item % blocks_ + 1 == blocks_) {
         compute_tile(k, d, walk.lanes + i, 1, row, u, packed, starts);
         continue;
       }
-      multiply_two_blocks<A, gate_count>({{starts, 0}, {starts + item_size, 0}}, h_now(k, d, row), {packed, packed + block_size},
-                                         z_.hidden_out, {products[0], products[1]});
+      multiply_two_blocks<E, gate_count>({{starts, 0}, {starts + item_size, 0}}, h_now(k, d, row), {packed, packed + block_size},
+                                         hh_depth_, {products[0], products[1]});
       finish_tile(k, d, walk.lanes + i, 1, row, u, products[0], starts);
       ++item, starts += item_size;
       finish_tile(k, d, walk.lanes + i, 1, row, u + width, products[1], starts);
@@ -346,11 +353,17 @@ class Forward {
         m = gru_units(k, d, lanes[r], row + r, u, hidden, load(starts + (r * 4 + 3) * width));
       }
       if (z_.projection) {
-        store(m, m_at(d, row + r) + u);
+        store_operand(m, m_at(d, row + r) + u, count(u, z_.hidden));
       } else {
         emit_hidden(k, d, lanes[r], row + r, u, m);
       }
     }
+  }
+
+  // Units that a product reads in whole lanes: zero behind the last, where products with zeros may have left NaN.
+  HSM_INLINE void store_operand(V values, E* to, int units) {
+    store(values, to);
+    if (units % Multiplication<E>::per_lane != 0) to[units] = E{};
   }
 
   V lstm_units(int d, const Lane& lane, int64_t row, int64_t u, const A* product) {
@@ -386,7 +399,7 @@ class Forward {
   }
 
   // Writes the hidden state of a step, and what the next step starts from. The next step gets what was written, rounded as
-  // it was, so that a sequence run in two calls gives the same bits.
+  // it was, so that a sequence run in two calls gives the same bits; it is zero behind the last unit.
   HSM_INLINE void emit_hidden(int64_t k, int d, const Lane& lane, int64_t row, int64_t u, V h) {
     const int units = count(u, z_.hidden_out);
     const int64_t n = lane.segment->sequence;
@@ -413,7 +426,7 @@ class Forward {
   void project_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
     constexpr int outputs = max_columns * width;
     alignas(64) A product[max_rows * outputs];
-    multiply_block<A, max_columns>(lane_count, {}, m_at(d, row), hidden_pad_, 1, packed_hr_[d] + block * outputs * z_.hidden, z_.hidden,
+    multiply_block<E, max_columns>(lane_count, {}, m_at(d, row), hidden_pad_, 1, packed_hr_[d] + block * outputs * hr_depth_, z_.hidden,
                                    product);
     for (int r = 0; r < lane_count; ++r)
       for (int64_t u = block * outputs; u < smaller((block + 1) * outputs, out_pad_); u += width)
@@ -429,18 +442,19 @@ class Forward {
   Walks walks_;
   int64_t rows_;                  // of states, in each direction
   int64_t hidden_pad_, out_pad_;  // sizes in whole vectors
+  int64_t ih_depth_, hh_depth_, hr_depth_;  // of the three products, in whole lanes
   int64_t blocks_, out_blocks_;   // of hidden units, one vector each; of projected units, max_columns vectors each
   int64_t share_;                 // the most blocks, of all directions, that one worker has
   int64_t chunk_lanes_, chunk_rounds_, chunk_rows_;  // the last is their product
   Chunk* chunks_;                 // of each worker
   A* bias_;                       // (D, blocks, 4, width)
-  A* h_[2];                       // (D, rows, out_pad): what enters even and odd rounds
+  E* h_[2];                       // (D, rows, out_pad): what enters even and odd rounds
   A* c_;                          // (D, rows, hidden_pad)
-  A* m_;                          // (D, rows, hidden_pad): hidden state before the projection
+  E* m_;                          // (D, rows, hidden_pad): hidden state before the projection
   bool packs_;                    // whether the weights are packed
   bool two_blocks_;               // whether a lane that is alone takes two of their blocks at a time
   Matrix ih_[max_directions], hh_[max_directions];
-  A* packed_hr_[max_directions];
+  E* packed_hr_[max_directions];
   size_t workspace_bytes_;
 };
 

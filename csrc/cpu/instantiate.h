@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/backward.h"
+#include "cpu/dispatch.h"
 #include "cpu/forward.h"
 #include "cpu/kernels.h"
 #include "cpu/product.h"
@@ -14,16 +15,7 @@ namespace HSM_ISA {
 // Calls visit(Pass<T, cell>(params, ...)) for the element type and cell of the parameters.
 template <template <class, CellKind> class Pass, class Params, class Visit>
 void dispatch(const Params& params, const Threads& threads, void* workspace, Visit visit) {
-  const auto of_type = [&](auto element) {
-    using T = decltype(element);
-    if (params.sizes.cell == CellKind::lstm) {
-      Pass<T, CellKind::lstm> pass(params, threads, workspace);
-      visit(pass);
-    } else {
-      Pass<T, CellKind::gru> pass(params, threads, workspace);
-      visit(pass);
-    }
-  };
+  const auto of_type = [&](auto element) { with_cell<Pass, decltype(element)>(params, threads, workspace, visit); };
   switch (params.sizes.dtype) {
     case ScalarKind::float64: return of_type(double());
     case ScalarKind::float32: return of_type(float());

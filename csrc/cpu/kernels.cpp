@@ -10,6 +10,30 @@ namespace cpu {
 
 namespace {
 
+#ifdef HSM_HAS_AVX512_BF16
+// In front of AVX-512's kernels, for what they are better at.
+size_t forward_workspace_with_bf16(const ForwardParams& params, const Threads& threads) {
+  const bool better = params.sizes.dtype == ScalarKind::bfloat16;
+  return (better ? avx512_bf16::bfloat16_forward_workspace : avx512::table.forward_workspace)(params, threads);
+}
+
+void forward_with_bf16(const ForwardParams& params, const Threads& threads, void* workspace) {
+  const bool better = params.sizes.dtype == ScalarKind::bfloat16;
+  (better ? avx512_bf16::bfloat16_forward : avx512::table.forward)(params, threads, workspace);
+}
+
+const Kernels& table_with_bf16() {
+  static const Kernels table = [] {
+    Kernels changed = avx512::table;
+    changed.instruction_set = "avx512_bf16";
+    changed.forward_workspace = forward_workspace_with_bf16;
+    changed.forward = forward_with_bf16;
+    return changed;
+  }();
+  return table;
+}
+#endif
+
 const Kernels& choose() {
   const char* wanted = std::getenv("HSM_KERNELS_CPU_ISA");
   const auto takes = [wanted](const Kernels& table) { return !wanted || std::strcmp(wanted, table.instruction_set) == 0; };
@@ -18,11 +42,14 @@ const Kernels& choose() {
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef HSM_HAS_AVX512_BF16
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && takes(table_with_bf16())) return table_with_bf16();
+#endif
   if (has_avx512 && takes(avx512::table)) return avx512::table;
   if (has_avx2 && takes(avx2::table)) return avx2::table;
 #endif
   if (takes(portable::table)) return portable::table;
-  throw std::runtime_error(std::string("hsm_kernels: HSM_KERNELS_CPU_ISA must be portable, or avx2 or avx512 where the CPU has it, got ") +
+  throw std::runtime_error(std::string("hsm_kernels: HSM_KERNELS_CPU_ISA must be portable, or avx2, avx512 or avx512_bf16 where the CPU has it, got ") +
                            wanted);
 }
 
@@ -44,7 +71,7 @@ ProductChoice choose_product() {
     throw std::runtime_error(std::string("hsm_kernels: HSM_KERNELS_CPU_PRODUCT must be own or torch, got ") + wanted);
   }
 #ifdef __x86_64__
-  if (&kernels() == &avx512::table && !__builtin_cpu_is("intel")) return ProductChoice::by_size;
+  if (kernels().product == avx512::table.product && !__builtin_cpu_is("intel")) return ProductChoice::by_size;
 #endif
   return ProductChoice::torch;
 }

@@ -23,7 +23,7 @@ struct Kernels {
   void (*row_sum)(const RowSumParams&);
 };
 
-// The best kernels for this machine, or those that HSM_KERNELS_CPU_ISA=portable|avx2|avx512 names. Throws if they cannot run.
+// The best kernels for this machine, or those that HSM_KERNELS_CPU_ISA=portable|avx2|avx512|avx512_bf16 names. Throws if they cannot run.
 const Kernels& kernels();
 
 // Whether Kernels::product is faster than torch's own product, which is MKL's on x86-64: on CPUs of other makers than Intel MKL
@@ -41,6 +41,14 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+// Older compilers do not know the instructions.
+#if !defined(__clang__) || __clang_major__ >= 14
+#define HSM_HAS_AVX512_BF16
+namespace avx512_bf16 {
+size_t bfloat16_forward_workspace(const ForwardParams&, const Threads&);
+void bfloat16_forward(const ForwardParams&, const Threads&, void* workspace);
+}  // namespace avx512_bf16
+#endif
 #endif
 
 }  // namespace cpu

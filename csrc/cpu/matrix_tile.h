@@ -2,9 +2,15 @@
 //
 // A matrix W of `depth` rows (what is summed over) is packed in blocks of up to `columns * lanes` outputs: block after block,
 // and in a block one group of `columns` vectors per row of W. Outputs behind the end are zero.
+//
+// Where an instruction multiplies pairs of small numbers and adds both products to one sum, a lane holds a pair: of two rows of
+// W for the same output, or of two neighbours in a row of states. An odd depth is filled up with zero, in W and in the states.
 #pragma once
 
 #include <utility>
+#ifdef HSM_BFLOAT16_PAIRS
+#include <immintrin.h>
+#endif
 
 #include "cpu/simd.h"
 
@@ -20,6 +26,59 @@ constexpr int max_rows = 2;
 #endif
 constexpr int max_columns = 4;
 
+// How operands kept as E are multiplied: one of them in a lane.
+template <class E>
+struct Multiplication {
+  static constexpr int per_lane = 1;
+  // What is in one lane of the states, for all lanes.
+  static HSM_INLINE E spread(const E* state) { return *state; }
+  template <class T>
+  static HSM_INLINE Vector<E> load_lanes(const T* from, int count = lanes<E>()) {
+    return load(from, count);
+  }
+  template <class Value>
+  static HSM_INLINE void add_product(Vector<E>& sum, Vector<E> weights, Value value) {
+    sum += weights * value;
+  }
+};
+
+#ifdef HSM_BFLOAT16_PAIRS
+// A pair of them in a lane. vdpbf16ps adds to the sum the second product, rounds, and then the first. It takes subnormal numbers
+// for zero, in operands and sums, whatever the thread's mode.
+template <>
+struct Multiplication<BFloat16> {
+  static constexpr int per_lane = 2;
+  static HSM_INLINE Vector<float> spread(const BFloat16* state) {
+    int pair;
+    memcpy(&pair, state, sizeof pair);
+    return (Vector<float>)_mm512_set1_epi32(pair);
+  }
+  static HSM_INLINE Vector<float> load_lanes(const BFloat16* from, int count = 2 * lanes<float>()) {
+    typedef uint16_t Elements __attribute__((vector_size(HSM_VECTOR_BYTES)));
+    Elements pairs = {};
+    if (__builtin_expect(count == 2 * lanes<float>(), 1)) {
+      memcpy(&pairs, from, sizeof pairs);
+    } else {
+      copy_elements<BFloat16>(from, &pairs, count);
+    }
+    return (Vector<float>)pairs;
+  }
+  static HSM_INLINE void add_product(Vector<float>& sum, Vector<float> weights, Vector<float> value) {
+    sum = (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)value);
+  }
+};
+#endif
+
+// Numbers that lie in `depth` numbers and what fills up the last lane.
+template <class E>
+constexpr int64_t whole_lanes(int64_t depth) {
+  return round_up(depth, Multiplication<E>::per_lane);
+}
+
+// What operands kept as E are summed in.
+template <class E>
+using Sum = typename Accumulator<E>::type;
+
 // What the sums are added to: row r at data + r * row_stride. Nowhere: to zero.
 template <class A>
 struct Start {
@@ -31,10 +90,12 @@ struct Start {
 constexpr int64_t longest_sum = 256;
 
 // The sums run in the same order whatever the number of rows: a sequence gives the same bits in any batch.
-// Element k of row r of the states is state[r * row_stride + k * depth_stride].
-template <class A, int rows, int columns>
+// Element k of row r of the states is state[r * row_stride + k * depth_stride]; those of a lane lie behind each other.
+template <class E, int rows, int columns>
 HSM_INLINE void multiply_rows(
-    Start<A> start, const A* state, int64_t row_stride, int64_t depth_stride, const A* packed, int64_t depth, A* result) {
+    Start<Sum<E>> start, const E* state, int64_t row_stride, int64_t depth_stride, const E* packed, int64_t depth, Sum<E>* result) {
+  using A = Sum<E>;
+  using By = Multiplication<E>;
   constexpr int width = lanes<A>();
   int64_t k = 0;
   do {
@@ -43,15 +104,15 @@ HSM_INLINE void multiply_rows(
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < columns; ++v) sums[r][v] = Vector<A>{};
-    for (const int64_t end = smaller(k + longest_sum, depth); k < end; ++k) {
+    for (const int64_t end = smaller(k + longest_sum, depth); k < end; k += By::per_lane) {
       Vector<A> weights[columns];
 #pragma GCC unroll 4
-      for (int v = 0; v < columns; ++v) memcpy(&weights[v], packed + (k * columns + v) * width, sizeof(Vector<A>));
+      for (int v = 0; v < columns; ++v) memcpy(&weights[v], packed + (k * columns + v * By::per_lane) * width, sizeof(Vector<A>));
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
-        const A value = state[r * row_stride + k * depth_stride];
+        const auto value = By::spread(state + r * row_stride + k * depth_stride);
 #pragma GCC unroll 4
-        for (int v = 0; v < columns; ++v) sums[r][v] += weights[v] * value;
+        for (int v = 0; v < columns; ++v) By::add_product(sums[r][v], weights[v], value);
       }
     }
 #pragma GCC unroll 8
@@ -69,36 +130,39 @@ HSM_INLINE void multiply_rows(
   } while (k < depth);
 }
 
-template <class A, int columns>
+template <class E, int columns>
 void multiply_block(
-    int rows, Start<A> start, const A* state, int64_t row_stride, int64_t depth_stride, const A* packed, int64_t depth, A* result) {
+    int rows, Start<Sum<E>> start, const E* state, int64_t row_stride, int64_t depth_stride, const E* packed, int64_t depth, Sum<E>* result) {
   static_assert(max_rows <= 6, "the switch below lists every number of rows");
   switch (rows) {
-    case 1: return multiply_rows<A, 1, columns>(start, state, row_stride, depth_stride, packed, depth, result);
-    case 2: return multiply_rows<A, 2, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 1: return multiply_rows<E, 1, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 2: return multiply_rows<E, 2, columns>(start, state, row_stride, depth_stride, packed, depth, result);
 #if HSM_VECTOR_REGISTERS >= 32
-    case 3: return multiply_rows<A, 3, columns>(start, state, row_stride, depth_stride, packed, depth, result);
-    case 4: return multiply_rows<A, 4, columns>(start, state, row_stride, depth_stride, packed, depth, result);
-    case 5: return multiply_rows<A, 5, columns>(start, state, row_stride, depth_stride, packed, depth, result);
-    case 6: return multiply_rows<A, 6, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 3: return multiply_rows<E, 3, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 4: return multiply_rows<E, 4, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 5: return multiply_rows<E, 5, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 6: return multiply_rows<E, 6, columns>(start, state, row_stride, depth_stride, packed, depth, result);
 #endif
   }
 }
 
 // One row of states times two packed blocks of no more than `longest_sum`: the sums of one block alone would wait for each other.
-template <class A, int columns>
-void multiply_two_blocks(const Start<A> (&start)[2], const A* state, const A* const (&packed)[2], int64_t depth, A* const (&result)[2]) {
+template <class E, int columns>
+void multiply_two_blocks(
+    const Start<Sum<E>> (&start)[2], const E* state, const E* const (&packed)[2], int64_t depth, Sum<E>* const (&result)[2]) {
+  using A = Sum<E>;
+  using By = Multiplication<E>;
   constexpr int width = lanes<A>();
   Vector<A> sums[2][columns] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const A value = state[k];
+  for (int64_t k = 0; k < depth; k += By::per_lane) {
+    const auto value = By::spread(state + k);
 #pragma GCC unroll 2
     for (int b = 0; b < 2; ++b)
 #pragma GCC unroll 4
       for (int v = 0; v < columns; ++v) {
         Vector<A> weights;
-        memcpy(&weights, packed[b] + (k * columns + v) * width, sizeof weights);
-        sums[b][v] += weights * value;
+        memcpy(&weights, packed[b] + (k * columns + v * By::per_lane) * width, sizeof weights);
+        By::add_product(sums[b][v], weights, value);
       }
   }
 #pragma GCC unroll 2
@@ -149,24 +213,27 @@ HSM_INLINE void transpose(Vector<A> (&rows)[lanes<A>()]) {
 }
 
 // Packs rows of W (outputs, depth) as one vector of outputs per column of W: sums run over the columns, states @ W^T. The rows,
-// `row_stride` apart, are `first` and the ones behind it, up to `count`, at column k the vector `packed + k * stride`.
-template <class T, class A>
-void pack_transposed(const T* w, int64_t row_stride, int64_t depth, int64_t first, int count, int64_t stride, A* packed) {
-  constexpr int width = lanes<A>();
+// `row_stride` apart, are `first` and the ones behind it, up to `count`, at column k the vector `packed + k * stride`. A column
+// is a pair of columns where a lane holds a pair.
+template <class T, class E>
+void pack_transposed(const T* w, int64_t row_stride, int64_t depth, int64_t first, int count, int64_t stride, E* packed) {
+  using A = Sum<E>;
+  using By = Multiplication<E>;
+  constexpr int width = lanes<A>(), most = width * By::per_lane;
   const T* rows = w + first * row_stride;
-  for (int64_t k = 0; k < depth; k += width) {
-    const int columns = static_cast<int>(smaller(width, depth - k));
+  for (int64_t k = 0; k < depth; k += most) {
+    const int columns = static_cast<int>(smaller(most, depth - k));
     Vector<A> square[width];
-    if (count >= width && columns == width) {
+    if (count >= width && columns == most) {
 #pragma GCC unroll 16
-      for (int j = 0; j < width; ++j) square[j] = load(rows + j * row_stride + k);
+      for (int j = 0; j < width; ++j) square[j] = By::load_lanes(rows + j * row_stride + k);
     } else {
-      for (int j = 0; j < width; ++j) square[j] = j < count ? load(rows + j * row_stride + k, columns) : Vector<A>{};
+      for (int j = 0; j < width; ++j) square[j] = j < count ? By::load_lanes(rows + j * row_stride + k, columns) : Vector<A>{};
     }
     transpose<A>(square);
 #pragma GCC unroll 16
     for (int c = 0; c < width; ++c)
-      if (c < columns) store<A>(square[c], packed + (k + c) * stride);
+      if (c * By::per_lane < columns) memcpy(packed + (k + c * By::per_lane) * stride, &square[c], sizeof square[c]);
   }
 }
 
@@ -186,25 +253,27 @@ void pack_straight(const T* w, int64_t row_stride, int64_t outputs, int64_t dept
 // Each of `states` states (depth) . each of `outputs` rows of W that lie behind each other, at most one vector of them: into one
 // vector for each state, zero behind the outputs. For weights that are used once, where packing them would take longer. W is read
 // from its first element to its last, as fast as memory gives it.
-template <int states, class T, class A>
-void multiply_unpacked(const A* state, int64_t state_stride, const T* w, int64_t depth, int outputs, Vector<A> (&result)[states]) {
-  constexpr int width = lanes<A>();
+template <int states, class T, class E>
+void multiply_unpacked(const E* state, int64_t state_stride, const T* w, int64_t depth, int outputs, Vector<Sum<E>> (&result)[states]) {
+  using A = Sum<E>;
+  using By = Multiplication<E>;
+  constexpr int width = lanes<A>(), most = width * By::per_lane;
   Vector<A> sums[states][width] = {};
-  const int64_t pairs = depth / (2 * width) * (2 * width);
+  const int64_t pairs = depth / (2 * most) * (2 * most);
   for (int j = 0; j < outputs; ++j) {
     const T* row = w + j * depth;
     Vector<A> even[states] = {}, odd[states] = {};
-    for (int64_t k = 0; k < pairs; k += 2 * width) {
-      const Vector<A> first = load(row + k), second = load(row + k + width);
+    for (int64_t k = 0; k < pairs; k += 2 * most) {
+      const Vector<A> first = By::load_lanes(row + k), second = By::load_lanes(row + k + most);
 #pragma GCC unroll 8
       for (int r = 0; r < states; ++r) {
-        even[r] += load(state + r * state_stride + k) * first;
-        odd[r] += load(state + r * state_stride + k + width) * second;
+        By::add_product(even[r], first, By::load_lanes(state + r * state_stride + k));
+        By::add_product(odd[r], second, By::load_lanes(state + r * state_stride + k + most));
       }
     }
-    for (int64_t k = pairs; k < depth; k += width) {
-      const int rest = static_cast<int>(smaller(width, depth - k));
-      for (int r = 0; r < states; ++r) even[r] += load(state + r * state_stride + k, rest) * load(row + k, rest);
+    for (int64_t k = pairs; k < depth; k += most) {
+      const int rest = static_cast<int>(smaller(most, depth - k));
+      for (int r = 0; r < states; ++r) By::add_product(even[r], By::load_lanes(row + k, rest), By::load_lanes(state + r * state_stride + k, rest));
     }
     for (int r = 0; r < states; ++r) sums[r][j] = even[r] + odd[r];
   }

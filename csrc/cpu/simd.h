@@ -32,6 +32,18 @@ struct Accumulator<double> {
   using type = double;
 };
 
+// What the operands of a product of some storage type are kept in: as a rule what they are computed in.
+template <class T>
+struct Operand {
+  using type = typename Accumulator<T>::type;
+};
+#ifdef HSM_BFLOAT16_PAIRS
+template <>
+struct Operand<BFloat16> {
+  using type = BFloat16;
+};
+#endif
+
 template <class A>
 struct VectorOf;
 template <>
