@@ -272,7 +272,11 @@ class Forward {
         const T* from = static_cast<const T*>(p_.input) + ahead.lanes[i].step() * p_.input_step_stride +
                         ahead.lanes[i].segment->sequence * p_.input_batch_stride;
         E* to = input + row * ih_depth_;
-        for (int64_t j = 0; j < p_.input_size; j += width) store(load(from + j, count(j, p_.input_size)), to + j, count(j, p_.input_size));
+        if constexpr (sizeof(E) == sizeof(T)) {
+          memcpy(to, from, p_.input_size * sizeof(T));
+        } else {
+          for (int64_t j = 0; j < p_.input_size; j += width) store(load(from + j, count(j, p_.input_size)), to + j, count(j, p_.input_size));
+        }
         for (int64_t j = p_.input_size; j < ih_depth_; ++j) to[j] = E{};
       }
       ahead.advance(false);
