@@ -8,9 +8,6 @@
 #pragma once
 
 #include <utility>
-#ifdef HSM_BFLOAT16_PAIRS
-#include <immintrin.h>
-#endif
 
 #include "cpu/simd.h"
 
@@ -43,8 +40,8 @@ struct Multiplication {
 };
 
 #ifdef HSM_BFLOAT16_PAIRS
-// A pair of them in a lane. vdpbf16ps adds to the sum the second product, rounds, and then the first. It takes subnormal numbers
-// for zero, in operands and sums, whatever the thread's mode.
+// A pair of them in a lane. vdpbf16ps adds both products to the sum in an order and with roundings of its own. It takes subnormal
+// numbers for zero, in operands and sums, whatever the thread's mode.
 template <>
 struct Multiplication<BFloat16> {
   static constexpr int per_lane = 2;

@@ -7,6 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef HSM_BFLOAT16_PAIRS
+#include <immintrin.h>
+#endif
 
 #define HSM_INLINE inline __attribute__((always_inline))
 
@@ -97,9 +100,13 @@ struct Conversion<BFloat16> {
   }
   // To nearest, ties to even; NaN stays NaN.
   static HSM_INLINE Stored narrow(Vector<float> x) {
+#ifdef HSM_BFLOAT16_PAIRS
+    return (Stored)_mm512_cvtneps_pbh((__m512)x);  // and subnormal numbers become zero, as in products
+#else
     const Words bits = (Words)x;
     const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return __builtin_convertvector(choose_bits((Words)(x != x), (bits >> 16) | 0x40u, rounded), Halfwords);
+#endif
   }
 };
 
