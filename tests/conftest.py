@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Read by the native library when it is loaded.
+os.environ["HSM_KERNELS_POISON"] = "1"
+
 import hsm_kernels as hsm
 
 settings.register_profile(
@@ -49,7 +52,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fills memory that torch hands out uninitialised with NaN, so that a read of it shows."""
+    """Fills what torch's own operations leave uninitialised with NaN; the library does so in all tests."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -125,6 +127,12 @@ class Arguments {
   std::vector<Tensor> kept_;
 };
 
+// With HSM_KERNELS_POISON set, memory holds NaN before a kernel writes it, so that a read too early, or a result never written, shows.
+inline void poison(void* data, size_t bytes) {
+  static const bool wanted = std::getenv("HSM_KERNELS_POISON") != nullptr;
+  if (wanted && bytes) std::memset(data, 0xff, bytes);
+}
+
 // Memory that torch got from the system is mapped page by page as it is written, which takes longer than many a kernel that writes
 // it. With huge pages, where the system grants them on request, it takes a tenth of the time.
 inline void ask_for_huge_pages(const Tensor& tensor) {
@@ -147,6 +155,7 @@ inline Tensor empty(const Shape& shape, int32_t dtype) {
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   ask_for_huge_pages(tensor);
+  poison(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
   return tensor;
 }
 
@@ -168,6 +177,7 @@ inline cpu::Threads threads() {
 class Workspace {
  public:
   explicit Workspace(size_t bytes) : data_(small_) {
+    poison(small_, sizeof small_);
     if (bytes <= sizeof small_) return;
     constexpr size_t alignment = 64;
     heap_ = empty({static_cast<int64_t>(bytes + alignment)}, aoti_torch_dtype_uint8());
