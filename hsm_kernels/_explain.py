@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -14,8 +15,10 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
     """The backend, kernel variant and reason that ``rnn(input, hx, **options)`` would run with; nothing is computed.
 
     ``rnn`` is a module of hsm_kernels, ``input`` what it would be called with; ``options`` are the keyword arguments
-    of its forward. Raises TypeError for another module, RuntimeError if :func:`set_backend` asked for a backend that
-    cannot run it.
+    of its forward. For the CPU kernels the variant is the instruction set, and the reason says how many threads the
+    first layer's forward pass uses, where it packs the weights, and how many steps of the input it multiplies at once;
+    masks and lengths, which may change that, are not looked at. Raises TypeError for another module, RuntimeError if
+    :func:`set_backend` asked for a backend that cannot run it.
 
     >>> import torch, hsm_kernels as hsm
     >>> with hsm.use_backend("reference"):
@@ -30,4 +33,63 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
             f"explain: rnn must be a module of hsm_kernels, got {type(rnn).__name__}; see hsm_kernels.convert"
         )
     data = input.data if isinstance(input, PackedSequence) else input
-    return _backend.plan(None, data.device, autocast_dtype(data.device) or data.dtype)
+    dtype = autocast_dtype(data.device) or data.dtype
+    plan = _backend.plan(None, data.device, dtype)
+    if plan.backend != "cpu":
+        return plan
+    steps, batch = _steps_and_batch(rnn, input)
+    like = torch.empty((), dtype=dtype).expand(steps, batch, data.size(-1))
+    instruction_set, numbers = torch.ops.hsm_kernels.explain_forward.default(
+        like, *_first_weights(rnn, dtype), isinstance(rnn, (modules.LSTM, modules.LSTMCell)),
+        bool(getattr(rnn, "proj_size", 0)), bool(getattr(rnn, "bidirectional", False)),
+    )  # fmt: skip
+    name = bytes(instruction_set.tolist()).decode()
+    return Plan("cpu", name, f"{plan.reason}; {_describe(batch, steps, *numbers.tolist())}")
+
+
+def _steps_and_batch(rnn: nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]:
+    if isinstance(input, PackedSequence):
+        return input.batch_sizes.numel(), int(input.batch_sizes[0])
+    if isinstance(rnn, nn.RNNCellBase):
+        return 1, input.size(0) if input.dim() == 2 else 1
+    if input.dim() == 2:
+        return input.size(0), 1
+    return (input.size(1), input.size(0)) if rnn.batch_first else (input.size(0), input.size(1))
+
+
+def _first_weights(rnn: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+    suffix = "" if isinstance(rnn, nn.RNNCellBase) else "_l0"
+    return [getattr(rnn, f"{name}{suffix}").detach().to(dtype) for name in ("weight_ih", "weight_hh")]
+
+
+def _describe(
+    batch: int,
+    steps: int,
+    batch_groups: int,
+    unit_groups: int,
+    packs: int,
+    input_as_used: int,
+    state_as_used: int,
+    chunk_sequences: int,
+    chunk_steps: int,
+) -> str:
+    """The numbers of ForwardPlan in words."""
+    threads = batch_groups * unit_groups
+    shared = " and ".join(
+        text for count, text in ((batch_groups, "sequences"), (unit_groups, "hidden units, which meet after each step"))
+        if count > 1
+    )  # fmt: skip
+    available = torch.get_num_threads()
+    who = f"{threads} threads share {shared}" if threads > 1 else "1 thread"
+    if threads < available:
+        who += f" of {available}, as there is too little work for more"
+    if not packs:
+        packing = "weights are read as they lie, since one step of few sequences uses each of them once"
+    elif state_as_used:
+        packing = "weights are packed block by block as the only step uses them"
+    elif input_as_used:
+        packing = "W_hh is packed once for all steps, W_ih block by block as it is used"
+    else:
+        packing = "weights are packed once for all steps"
+    rows = f"{chunk_steps} of {steps} steps" if chunk_steps > 1 else f"{chunk_sequences} of {batch} sequences"
+    return f"{who}; {packing}; the input of {rows} is multiplied at once"

@@ -63,6 +63,12 @@ _SCHEMAS = {
 _library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+# How the native library would run a forward pass without boundaries: the name of the instruction set, and ForwardPlan
+# of csrc/common/params.h without the bytes. There is no other kernel.
+_library.define(  # type: ignore[no-untyped-call]
+    "explain_forward(Tensor input, Tensor weight_ih, Tensor weight_hh, bool is_lstm, bool projection, "
+    "bool bidirectional) -> (Tensor instruction_set, Tensor numbers)"
+)
 
 
 def _directions(arguments: tuple[Tensor | None, ...]) -> list[Weights]:

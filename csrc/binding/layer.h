@@ -57,7 +57,7 @@ inline void add_input(Arguments& arguments, const Tensor& input, const std::vect
 
 inline void run_forward(const ForwardParams& p) {
   const cpu::Threads pool = threads();
-  const Workspace workspace(cpu::kernels().forward_workspace(p, pool));
+  const Workspace workspace(cpu::kernels().forward_plan(p, pool).workspace_bytes);
   cpu::kernels().forward(p, pool, workspace.data());
 }
 

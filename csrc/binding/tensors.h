@@ -170,7 +170,7 @@ inline cpu::Threads threads() {
   const auto parallel_for = [](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
   };
-  return {static_cast<int>(torch::stable::get_num_threads()), parallel_for};
+  return {cpu::better_alone() ? 1 : static_cast<int>(torch::stable::get_num_threads()), parallel_for};
 }
 
 // Memory for a kernel, aligned as it wants it: small ones cost no call of torch's allocator.

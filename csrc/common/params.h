@@ -5,6 +5,7 @@
 // and frees. `const void*` and `void*` hold elements of `dtype`. Null means "not given" (zeros for a state).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace hsm {
@@ -72,6 +73,16 @@ struct ForwardParams {
   void* c_states;  // (L, N, D, H) or null; LSTM
   void* h_n;       // (D, N, Hout)
   void* c_n;       // (D, N, H); LSTM
+};
+
+// How a forward pass would run, and the workspace that it needs.
+struct ForwardPlan {
+  size_t workspace_bytes;
+  // Threads by sequences times threads by hidden units; the latter meet after every step.
+  int64_t batch_groups, unit_groups;
+  // Whether weights are packed: all before the first step, or those that are used once (both products, or the input's) as they are used.
+  bool packs, input_packed_as_used, state_packed_as_used;
+  int64_t chunk_sequences, chunk_steps;  // what the input's product is computed for at once
 };
 
 struct BackwardParams {

@@ -45,6 +45,7 @@ class Backward {
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_, segments = z_.directions * int64_t{p_.schedule.sequence_starts[z_.batch]};
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
+    claims_ = arena.take<Rounds>(grid_.workers());
     walks_ = Walks(arena, grid_, z_.directions, lanes);
     bias_ = arena.take<A>(p_.recompute ? z_.directions * 4 * hidden_pad_ : 0);
     for (A*& g : grad_product_) g = arena.take<A>(states * depth_);
@@ -64,10 +65,9 @@ class Backward {
 
   // Rounds [first, last) of rounds(). What they leave is in the workspace, so that they may run piece by piece, from the first on.
   void run(int64_t first, int64_t last) {
-    for (int64_t g = 0; g < grid_.batch_groups; ++g) barriers_[g] = Barrier();
     if (first == 0) begin();
     auto round = [&](int64_t r, int64_t worker) { run_round(first * phases() + r, worker); };
-    run_in_rounds(threads_, grid_, barriers_, (last - first) * phases(), round);
+    run_in_rounds(threads_, grid_, barriers_, claims_, (last - first) * phases(), round);
     auto sum = [this](int64_t n) { sum_resets(n); };
     if (last == rounds() && p_.grad_reset_h) run_items(threads_, grid_.workers() > 1, z_.batch, sum);
   }
@@ -312,6 +312,7 @@ class Backward {
   const Threads& threads_;
   Grid grid_;
   Barrier* barriers_;
+  Rounds* claims_;
   Walks walks_;
   int64_t rows_;                    // of states, in each direction
   int64_t depth_;                   // G * H: what the recurrent product sums over

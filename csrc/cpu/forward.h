@@ -57,6 +57,7 @@ class Forward {
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_;
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
+    claims_ = arena.take<Rounds>(grid_.workers());
     walks_ = Walks(arena, grid_, z_.directions, lanes);
     chunks_ = arena.take<Chunk>(grid_.workers());
     for (int64_t worker = 0; worker < grid_.workers(); ++worker) {
@@ -75,13 +76,12 @@ class Forward {
       hh_[d] = {static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, hh_depth_, packed(hh_once, hh_depth_)};
       packed_hr_[d] = arena.take<E>(z_.projection ? out_blocks_ * max_columns * width * hr_depth_ : 0);
     }
-    workspace_bytes_ = arena.used();
+    plan_ = {arena.used(), grid_.batch_groups, grid_.unit_groups, packs_, ih_once, hh_once, chunk_lanes_, chunk_rounds_};
   }
 
-  size_t workspace_bytes() const { return workspace_bytes_; }
+  const ForwardPlan& plan() const { return plan_; }
 
   void run() {
-    for (int64_t g = 0; g < grid_.batch_groups; ++g) barriers_[g] = Barrier();
     const bool parallel = grid_.workers() > 1;
     auto pack = [this](int64_t item) { pack_item(item); };
     run_items(threads_, parallel, z_.directions * (blocks_ + out_blocks_), pack);
@@ -91,7 +91,7 @@ class Forward {
     auto end = [this](int64_t n) { end_sequence(n); };
     if (at_.boundaries.lengths || z_.steps == 0) run_items(threads_, parallel, z_.batch, end);
     auto round = [this](int64_t r, int64_t worker) { run_round(r, worker); };
-    run_in_rounds(threads_, grid_, barriers_, p_.schedule.rounds * phases(), round);
+    run_in_rounds(threads_, grid_, barriers_, claims_, p_.schedule.rounds * phases(), round);
   }
 
  private:
@@ -134,7 +134,8 @@ class Forward {
     share_ = (z_.directions * blocks_ + grid_.unit_groups - 1) / grid_.unit_groups;
     const int64_t fitting = bytes / (share_ * 4 * width * static_cast<int64_t>(sizeof(A)));
     const int64_t rows = larger(fitting / max_rows * max_rows, fewest_rows);
-    chunk_lanes_ = larger(1, smaller(lanes, rows));
+    const int64_t parts = larger(1, (lanes + rows / 2) / rows);  // of equal size
+    chunk_lanes_ = larger(1, smaller(lanes, round_up((lanes + parts - 1) / parts, max_rows)));
     chunk_rounds_ = larger(1, smaller(p_.schedule.rounds, rows / chunk_lanes_));
     chunk_rows_ = chunk_lanes_ * chunk_rounds_;
   }
@@ -443,6 +444,7 @@ class Forward {
   const Threads& threads_;
   Grid grid_;
   Barrier* barriers_;
+  Rounds* claims_;
   Walks walks_;
   int64_t rows_;                  // of states, in each direction
   int64_t hidden_pad_, out_pad_;  // sizes in whole vectors
@@ -459,7 +461,7 @@ class Forward {
   bool two_blocks_;               // whether a lane that is alone takes two of their blocks at a time
   Matrix ih_[max_directions], hh_[max_directions];
   E* packed_hr_[max_directions];
-  size_t workspace_bytes_;
+  ForwardPlan plan_;
 };
 
 }  // namespace HSM_ISA

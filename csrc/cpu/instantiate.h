@@ -24,10 +24,15 @@ void dispatch(const Params& params, const Threads& threads, void* workspace, Vis
   }
 }
 
-template <template <class, CellKind> class Pass, class Params>
-size_t workspace_of(const Params& params, const Threads& threads) {
+inline ForwardPlan forward_plan(const ForwardParams& params, const Threads& threads) {
+  ForwardPlan plan{};
+  dispatch<Forward>(params, threads, nullptr, [&](auto& pass) { plan = pass.plan(); });
+  return plan;
+}
+
+inline size_t backward_workspace(const BackwardParams& params, const Threads& threads) {
   size_t bytes = 0;
-  dispatch<Pass>(params, threads, nullptr, [&](auto& pass) { bytes = pass.workspace_bytes(); });
+  dispatch<Backward>(params, threads, nullptr, [&](auto& pass) { bytes = pass.workspace_bytes(); });
   return bytes;
 }
 
@@ -72,8 +77,7 @@ inline void run_row_sum(const RowSumParams& params) {
 
 #define HSM_STRING_(name) #name
 #define HSM_STRING(name) HSM_STRING_(name)
-const Kernels table = {HSM_STRING(HSM_ISA), workspace_of<Forward, ForwardParams>, run_forward, workspace_of<Backward, BackwardParams>,
-                       run_backward, workspace_of_product, run_product, run_row_sum};
+const Kernels table = {HSM_STRING(HSM_ISA), forward_plan, run_forward, backward_workspace, run_backward, workspace_of_product, run_product, run_row_sum};
 
 }  // namespace HSM_ISA
 }  // namespace cpu

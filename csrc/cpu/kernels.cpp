@@ -12,9 +12,9 @@ namespace {
 
 #ifdef HSM_HAS_AVX512_BF16
 // In front of AVX-512's kernels, for what they are better at.
-size_t forward_workspace_with_bf16(const ForwardParams& params, const Threads& threads) {
+ForwardPlan forward_plan_with_bf16(const ForwardParams& params, const Threads& threads) {
   const bool better = params.sizes.dtype == ScalarKind::bfloat16;
-  return (better ? avx512_bf16::bfloat16_forward_workspace : avx512::table.forward_workspace)(params, threads);
+  return (better ? avx512_bf16::bfloat16_forward_plan : avx512::table.forward_plan)(params, threads);
 }
 
 void forward_with_bf16(const ForwardParams& params, const Threads& threads, void* workspace) {
@@ -26,7 +26,7 @@ const Kernels& table_with_bf16() {
   static const Kernels table = [] {
     Kernels changed = avx512::table;
     changed.instruction_set = "avx512_bf16";
-    changed.forward_workspace = forward_workspace_with_bf16;
+    changed.forward_plan = forward_plan_with_bf16;
     changed.forward = forward_with_bf16;
     return changed;
   }();

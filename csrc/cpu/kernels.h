@@ -13,7 +13,7 @@ namespace cpu {
 // aligned to 64 bytes; its contents do not matter.
 struct Kernels {
   const char* instruction_set;
-  size_t (*forward_workspace)(const ForwardParams&, const Threads&);
+  ForwardPlan (*forward_plan)(const ForwardParams&, const Threads&);
   void (*forward)(const ForwardParams&, const Threads&, void* workspace);
   size_t (*backward_workspace)(const BackwardParams&, const Threads&);
   // Rounds [first, last) of one more than the schedule has. The first call begins with round 0; the workspace keeps the state.
@@ -45,7 +45,7 @@ extern const Kernels table;
 #if !defined(__clang__) || __clang_major__ >= 14
 #define HSM_HAS_AVX512_BF16
 namespace avx512_bf16 {
-size_t bfloat16_forward_workspace(const ForwardParams&, const Threads&);
+ForwardPlan bfloat16_forward_plan(const ForwardParams&, const Threads&);
 void bfloat16_forward(const ForwardParams&, const Threads&, void* workspace);
 }  // namespace avx512_bf16
 #endif

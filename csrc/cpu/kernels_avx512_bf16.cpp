@@ -27,10 +27,10 @@ namespace hsm {
 namespace cpu {
 namespace avx512_bf16 {
 
-size_t bfloat16_forward_workspace(const ForwardParams& params, const Threads& threads) {
-  size_t bytes = 0;
-  with_cell<Forward, BFloat16>(params, threads, nullptr, [&](auto& pass) { bytes = pass.workspace_bytes(); });
-  return bytes;
+ForwardPlan bfloat16_forward_plan(const ForwardParams& params, const Threads& threads) {
+  ForwardPlan plan{};
+  with_cell<Forward, BFloat16>(params, threads, nullptr, [&](auto& pass) { plan = pass.plan(); });
+  return plan;
 }
 
 void bfloat16_forward(const ForwardParams& params, const Threads& threads, void* workspace) {

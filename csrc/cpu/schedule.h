@@ -36,11 +36,12 @@ struct Grid {
   int64_t workers() const { return batch_groups * unit_groups; }
 };
 
-// Part `index` of `parts` nearly equal parts of [0, count).
+// Part `index` of `parts` nearly equal parts of [0, count). The first, which the caller has, is not smaller than the others, so that
+// it waits for nobody who has what it needs.
 struct Range {
   int64_t begin, end;
   static Range part(int64_t count, int64_t parts, int64_t index) {
-    return {count * index / parts, count * (index + 1) / parts};
+    return {(count * index + parts - 1) / parts, (count * (index + 1) + parts - 1) / parts};
   }
 };
 
@@ -170,43 +171,98 @@ inline Grid choose_grid(int threads, const Schedule& schedule, int64_t rows_per_
   return grid(smaller(by_batch, threads / by_units), by_units);
 }
 
-// Runs body(round, worker) for every round and worker; workers of one group finish a round together.
-template <class Body>
-void run_in_rounds(const Threads& threads, const Grid& grid, Barrier* barriers, int64_t rounds, Body& body) {
+// Runs share(begin, end) on ranges that cover [0, count) together, and notes how much time the caller lost by not being alone: here,
+// and the share.waited seconds inside of its range.
+template <class Share>
+void share_out(const Threads& threads, int64_t count, Share& share) {
   struct Context {
-    const Grid& grid;
-    Barrier* barriers;
-    int64_t rounds;
-    Body& body;
-  } context{grid, barriers, rounds, body};
+    Share& share;
+    double worked;
+  };
+  const double start = now();
+  Context context{share, 0};
   const auto run = [](int64_t begin, int64_t end, void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
-    const int64_t members = c.grid.unit_groups;
-    for (int64_t round = 0; round < c.rounds; ++round) {
-      for (int64_t worker = begin; worker < end; ++worker) c.body(round, worker);
-      if (members == 1) continue;
-      for (int64_t worker = begin; worker < end; ++worker) c.barriers[worker / members].arrive(1);
-      for (int64_t group = begin / members; group <= (end - 1) / members; ++group)
-        c.barriers[group].wait((round + 1) * members);
-    }
+    const double cpu_start = begin == 0 ? cpu_time() : 0;  // of the caller, who has the first range
+    c.share(begin, end);
+    if (begin == 0) c.worked = cpu_time() - cpu_start;
   };
-  if (grid.workers() == 1) {
-    run(0, 1, &context);
-  } else {
-    threads.parallel_for(grid.workers(), run, &context);
+  threads.parallel_for(count, run, &context);
+  const double worked = context.worked - share.waited;
+  note_loss(worked, now() - start - worked);
+}
+
+// All rounds of all workers.
+template <class Body>
+struct RoundShare {
+  const Grid& grid;
+  Barrier* barriers;  // of each group of sequences
+  Rounds* claims;     // of each worker
+  int64_t rounds;
+  Body& body;
+  double waited = 0;
+
+  // What the thread of workers [begin, end) does.
+  void operator()(int64_t begin, int64_t end) {
+    const int64_t members = grid.unit_groups;
+    if (members == 1) {
+      // Nobody meets: a worker goes through all its rounds alone. Those that nobody has begun by then are taken over.
+      for (int64_t worker = begin; worker < end; ++worker) run_alone(worker);
+      for (int64_t worker = 0; worker < grid.workers(); ++worker) run_alone(worker);
+      return;
+    }
+    for (int64_t round = 0; round < rounds; ++round) {
+      for (int64_t worker = begin; worker < end; ++worker) try_round(worker, round);
+      for (int64_t group = begin / members; group <= (end - 1) / members; ++group) meet(group, round, begin == 0);
+    }
   }
+
+  void run_alone(int64_t worker) {
+    if (!claims[worker].claim(0)) return;
+    for (int64_t round = 0; round < rounds; ++round) body(round, worker);
+  }
+
+  void try_round(int64_t worker, int64_t round) {
+    if (!claims[worker].claim(round)) return;
+    body(round, worker);
+    barriers[worker / grid.unit_groups].arrive();
+  }
+
+  // Waits for the group's workers to finish a round; takes over what nobody has begun.
+  void meet(int64_t group, int64_t round, bool measures) {
+    const int64_t members = grid.unit_groups, total = (round + 1) * members;
+    if (barriers[group].wait_briefly(total)) return;
+    for (int64_t worker = group * members; worker < (group + 1) * members; ++worker) try_round(worker, round);
+    const double start = measures ? now() : 0;
+    while (!barriers[group].wait_briefly(total)) yield_core();
+    if (measures) waited += now() - start;
+  }
+};
+
+// Runs body(round, worker) for every round and worker; workers of one group finish a round together. `claims`: one for each worker.
+template <class Body>
+void run_in_rounds(const Threads& threads, const Grid& grid, Barrier* barriers, Rounds* claims, int64_t rounds, Body& body) {
+  for (int64_t g = 0; g < grid.batch_groups; ++g) barriers[g] = Barrier();
+  for (int64_t worker = 0; worker < grid.workers(); ++worker) claims[worker] = Rounds();
+  RoundShare<Body> share{grid, barriers, claims, rounds, body};
+  if (grid.workers() == 1) return share(0, 1);
+  share_out(threads, grid.workers(), share);
 }
 
 // Runs body(item) for items [0, count), on several threads if the caller wants that.
 template <class Body>
 void run_items(const Threads& threads, bool parallel, int64_t count, Body& body) {
-  const auto run = [](int64_t begin, int64_t end, void* opaque) {
-    for (int64_t item = begin; item < end; ++item) (*static_cast<Body*>(opaque))(item);
-  };
+  struct Items {
+    Body& body;
+    double waited = 0;
+    void operator()(int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) body(item);
+    }
+  } items{body};
   if (parallel) {
-    threads.parallel_for(count, run, &body);
+    share_out(threads, count, items);
   } else {
-    run(0, count, &body);
+    items(0, count);
   }
 }
 

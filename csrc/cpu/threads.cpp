@@ -1,6 +1,7 @@
 #include "cpu/threads.h"
 
 #include <sched.h>
+#include <time.h>
 
 namespace hsm {
 namespace cpu {
@@ -17,16 +18,43 @@ inline void pause_briefly() {
 
 }  // namespace
 
-void Barrier::wait(int64_t total) {
-  constexpr int spins_before_yield = 200;  // some microseconds: longer than a step of the small cases that need to spin
-  for (int spin = 0; __atomic_load_n(&arrived, __ATOMIC_ACQUIRE) < total; ++spin) {
-    if (spin < spins_before_yield) {
-      pause_briefly();
-    } else {
-      sched_yield();
-    }
-  }
+namespace {
+
+double seconds_of(clockid_t clock) {
+  timespec time;
+  clock_gettime(clock, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
+
+double alone_until = 0;  // of all callers: they share the cores
+}  // namespace
+
+double now() { return seconds_of(CLOCK_MONOTONIC); }
+double cpu_time() { return seconds_of(CLOCK_THREAD_CPUTIME_ID); }
+
+void note_loss(double worked, double lost) {
+  constexpr double worth_noting = 1e-3, share = 1.0 / 3, pause = 200e-3;
+  if (lost < worth_noting || lost < share * worked) return;
+  const double until = now() + pause;
+  __atomic_store(&alone_until, &until, __ATOMIC_RELAXED);
+}
+
+bool better_alone() {
+  double until;
+  __atomic_load(&alone_until, &until, __ATOMIC_RELAXED);
+  return until > 0 && now() < until;
+}
+
+bool Barrier::wait_briefly(int64_t total) const {
+  constexpr int spins = 200;  // some microseconds: longer than a step of the small cases that need to spin
+  for (int spin = 0; spin < spins; ++spin) {
+    if (complete(total)) return true;
+    pause_briefly();
+  }
+  return complete(total);
+}
+
+void yield_core() { sched_yield(); }
 
 }  // namespace cpu
 }  // namespace hsm

@@ -1,0 +1,60 @@
+"""What `explain` says of a call on the CPU."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import hsm_kernels as hsm
+
+pytestmark = pytest.mark.requires_library
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+CALLS = {
+    "as they lie": (hsm.GRU(8, 8), torch.zeros(1, 1, 8), "1 thread of 2, as there is too little work for more"),
+    "a cell": (hsm.LSTMCell(8, 8), torch.zeros(8), "weights are read as they lie"),
+    "one step": (hsm.LSTM(8, 8), torch.zeros(1, 9, 8), "block by block as the only step uses them"),
+    "a short call": (hsm.GRU(8, 8), torch.zeros(5, 3, 8), "block by block as it is used; the input of 5 of 5 steps"),
+    "a long call": (hsm.LSTM(64, 64), torch.zeros(999, 8, 64), "share hidden units|share sequences"),
+    "batch first": (hsm.LSTM(64, 64, batch_first=True), torch.zeros(8, 999, 64), "of 999 steps"),
+    "many sequences": (hsm.GRU(64, 64), torch.zeros(2, 5000, 64), "of 5000 sequences is multiplied at once"),
+    "projected": (hsm.LSTM(8, 8, proj_size=3, bidirectional=True), torch.zeros(5, 3, 8), "packed"),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_the_way_of_a_call(what: str) -> None:
+    module, input, words = CALLS[what]
+    plan = hsm.explain(module, input)
+    assert plan.backend == "cpu"
+    assert plan.variant in ("portable", "avx2", "avx512", "avx512_bf16")
+    assert any(word in plan.reason for word in words.split("|"))
+
+
+def test_packed_sequence() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(7, 4), torch.zeros(5, 4)])
+    assert "of 7 steps" in hsm.explain(hsm.GRU(4, 4), packed).reason
+
+
+def test_one_thread() -> None:
+    torch.set_num_threads(1)
+    assert "; 1 thread; " in hsm.explain(hsm.GRU(64, 64), torch.zeros(99, 8, 64)).reason
+
+
+def test_a_chosen_instruction_set() -> None:
+    code = "import torch, hsm_kernels as hsm; print(hsm.explain(hsm.GRU(4, 4), torch.zeros(5, 3, 4)).variant)"
+    environment = {**os.environ, "HSM_KERNELS_CPU_ISA": "portable"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "portable"
