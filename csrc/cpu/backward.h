@@ -21,6 +21,7 @@ namespace HSM_ISA {
 template <class T, CellKind kind>
 class Backward {
   using A = typename Accumulator<T>::type;
+  using E = typename Operand<T>::type;  // of weights and of the gradients that they take back
   using V = Vector<A>;
   using Math = typename MathOf<A>::type;
   static constexpr int width = lanes<A>();
@@ -30,12 +31,14 @@ class Backward {
  public:
   Backward(const BackwardParams& params, const Threads& threads, void* workspace)
       : p_(params), z_(params.sizes), at_{params.boundaries, params.sizes.steps}, threads_(threads) {
-    depth_ = gate_count * static_cast<int64_t>(z_.hidden);
+    gates_ = gate_count * static_cast<int64_t>(z_.hidden);
+    hh_depth_ = whole_lanes<E>(gates_);
+    hr_depth_ = whole_lanes<E>(z_.hidden_out);
     hidden_pad_ = round_up(z_.hidden, width);
     out_pad_ = round_up(z_.hidden_out, width);
-    const double rows = static_cast<double>(depth_) * z_.hidden_out * z_.directions;
+    const double rows = static_cast<double>(gates_) * z_.hidden_out * z_.directions;
     const int64_t vectors = out_pad_ / width;
-    grid_ = choose_grid(threads.count, p_.schedule, max_rows, 2 * rows * p_.schedule.slots, rows * sizeof(A), vectors * z_.directions);
+    grid_ = choose_grid(threads.count, p_.schedule, max_rows, 2 * rows * p_.schedule.slots, rows * sizeof(E), vectors * z_.directions);
     // Blocks as wide as they can be while there is one for every worker.
     columns_ = static_cast<int>(larger(1, smaller(max_columns, vectors * z_.directions / grid_.unit_groups)));
     blocks_ = (vectors + columns_ - 1) / columns_;
@@ -48,15 +51,15 @@ class Backward {
     claims_ = arena.take<Rounds>(grid_.workers());
     walks_ = Walks(arena, grid_, z_.directions, lanes);
     bias_ = arena.take<A>(p_.recompute ? z_.directions * 4 * hidden_pad_ : 0);
-    for (A*& g : grad_product_) g = arena.take<A>(states * depth_);
+    for (E*& g : grad_product_) g = arena.take<E>(states * hh_depth_);
     direct_ = arena.take<A>(is_lstm ? 0 : states * out_pad_);
     grad_c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
     reset_h_ = p_.grad_reset_h ? arena.take<A>(segments * out_pad_) : nullptr;
     reset_c_ = p_.grad_reset_c ? arena.take<A>(segments * hidden_pad_) : nullptr;
-    grad_h_ = arena.take<A>(z_.projection ? states * out_pad_ : 0);
+    grad_h_ = arena.take<E>(z_.projection ? states * out_pad_ : 0);
     for (int d = 0; d < z_.directions; ++d) {
-      packed_[d] = arena.take<A>(blocks_ * columns_ * width * depth_);
-      packed_hr_[d] = arena.take<A>(hidden_blocks_ * columns_ * width * z_.hidden_out);
+      packed_[d] = arena.take<E>(blocks_ * columns_ * width * hh_depth_);
+      packed_hr_[d] = arena.take<E>(hidden_blocks_ * columns_ * width * hr_depth_);
     }
     workspace_bytes_ = arena.used();
   }
@@ -82,10 +85,17 @@ class Backward {
     for (int d = 0; d < z_.directions; ++d)
       for (int64_t u = 0; p_.recompute && u < hidden_pad_; u += width)
         pack_bias<T, kind>(p_.weights[d], z_.hidden, u, bias_ + (d * hidden_pad_ + u) * 4);
+    for (int64_t row = 0; row < z_.directions * rows_; ++row) {
+      for (E* operand : grad_product_) fill_up(operand + row * hh_depth_, gates_, hh_depth_);
+      if (z_.projection) fill_up(grad_h_ + row * out_pad_, z_.hidden_out, hr_depth_);
+    }
     walks_.start(p_.schedule, grid_, 0);
     auto sequence = [this](int64_t n) { begin_sequence(n); };
     run_items(threads_, false, z_.batch, sequence);
   }
+
+  // Zeros for what a row of operands has behind its numbers in the last lane.
+  void fill_up(E* row, int64_t depth, int64_t whole) const { memset(row + depth, 0, (whole - depth) * sizeof(E)); }
 
   int64_t state(int d, int64_t n) const { return d * z_.batch + n; }
   int64_t place(int64_t t, int d, int64_t n) const { return (t * z_.batch + n) * z_.directions + d; }
@@ -94,9 +104,9 @@ class Backward {
   }
   int count(int64_t u, int64_t size) const { return static_cast<int>(smaller(width, size - u)); }
   // The gradients that the product of round k reads, and those that round k leaves for the next.
-  A* product_in(int64_t k, int d, int64_t row) const { return grad_product_[k % 2] + (d * rows_ + row) * depth_; }
-  A* product_out(int64_t k, int d, int64_t row) const { return grad_product_[(k + 1) % 2] + (d * rows_ + row) * depth_; }
-  A* grad_h_at(int d, int64_t row) const { return grad_h_ + (d * rows_ + row) * out_pad_; }
+  E* product_in(int64_t k, int d, int64_t row) const { return grad_product_[k % 2] + (d * rows_ + row) * hh_depth_; }
+  E* product_out(int64_t k, int d, int64_t row) const { return grad_product_[(k + 1) % 2] + (d * rows_ + row) * hh_depth_; }
+  E* grad_h_at(int d, int64_t row) const { return grad_h_ + (d * rows_ + row) * out_pad_; }
   // Element u at `place` of a tensor with `size` elements there that may be missing: zeros then.
   static V tensor_at(const void* tensor, int64_t place, int64_t size, int64_t u, int count) {
     return tensor ? load(static_cast<const T*>(tensor) + place * size + u, count) : V{};
@@ -106,12 +116,12 @@ class Backward {
     const int d = static_cast<int>(item / (blocks_ + hidden_blocks_));
     const int64_t block = item % (blocks_ + hidden_blocks_), outputs = columns_ * width;
     if (block < blocks_) {
-      pack_straight(static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, z_.hidden_out, depth_, block * outputs, columns_,
-                    packed_[d] + block * outputs * depth_);
+      pack_straight(static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, z_.hidden_out, gates_, block * outputs, columns_,
+                    packed_[d] + block * outputs * hh_depth_);
     } else {
       const int64_t first = (block - blocks_) * outputs;
       pack_straight(static_cast<const T*>(p_.weights[d].weight_hr), z_.hidden, z_.hidden, z_.hidden_out, first, columns_,
-                    packed_hr_[d] + first * z_.hidden_out);
+                    packed_hr_[d] + first * hr_depth_);
     }
   }
 
@@ -197,7 +207,7 @@ class Backward {
     const int64_t outputs = columns_ * width, first = block * outputs;
     bool needed = false;
     for (int r = 0; r < lane_count; ++r) needed |= !lanes[r].starts() || (lanes[r].finished && wanted(d, *lanes[r].finished));
-    if (needed) multiply_tile(lane_count, columns_, product_in(k, d, row), depth_, packed_[d] + first * depth_, depth_, product);
+    if (needed) multiply_tile(lane_count, columns_, product_in(k, d, row), hh_depth_, packed_[d] + first * hh_depth_, hh_depth_, product);
     for (int r = 0; r < lane_count; ++r)
       for (int64_t u = first; u < smaller(first + outputs, out_pad_); u += width) {
         const V grad = hidden_gradient(d, lanes[r], row + r, u, needed ? load(product + r * outputs + (u - first)) : V{});
@@ -221,14 +231,14 @@ class Backward {
     const int units = count(u, z_.hidden_out);
     const int64_t at = place(lane.step(), d, lane.segment->sequence);
     grad += tensor_at(p_.grad_output, at, z_.hidden_out, u, units);
-    store(grad, grad_h_at(d, row) + u);
+    store(grad, grad_h_at(d, row) + u, units);
     store(grad, static_cast<T*>(p_.grad_h) + at * z_.hidden_out + u, units);
   }
 
   void cell_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
     alignas(64) A product[max_rows * max_columns * width];
     const int64_t outputs = columns_ * width, first = block * outputs;
-    multiply_tile(lane_count, columns_, grad_h_at(d, row), out_pad_, packed_hr_[d] + first * z_.hidden_out, z_.hidden_out, product);
+    multiply_tile(lane_count, columns_, grad_h_at(d, row), out_pad_, packed_hr_[d] + first * hr_depth_, hr_depth_, product);
     for (int r = 0; r < lane_count; ++r)
       for (int64_t u = first; u < smaller(first + outputs, hidden_pad_); u += width)
         compute_units(k, d, lanes[r], row + r, u, load(product + r * outputs + (u - first)));
@@ -252,7 +262,7 @@ class Backward {
     T* grad_gates = grad_gates_at(t, d, lane.segment->sequence) + u;
     for (int g = 0; g < 4; ++g) store(grad_pre[g], grad_gates + g * z_.hidden, units);
     // The hidden halves, as the rows of W_hh stand: all four for LSTM; r, z and the hidden half of n for GRU.
-    A* operand = product_out(k, d, row) + u;
+    E* operand = product_out(k, d, row) + u;
     for (int g = 0; g < gate_count; ++g) store(grad_pre[is_lstm || g < 2 ? g : 3], operand + g * z_.hidden, units);
   }
 
@@ -315,19 +325,20 @@ class Backward {
   Rounds* claims_;
   Walks walks_;
   int64_t rows_;                    // of states, in each direction
-  int64_t depth_;                   // G * H: what the recurrent product sums over
+  int64_t gates_;                   // G * H: what the recurrent product sums over
+  int64_t hh_depth_, hr_depth_;     // of the recurrent product and of the projection's, in whole lanes
   int64_t hidden_pad_, out_pad_;    // sizes in whole vectors
   int columns_;                     // vectors in a block of outputs
   int64_t blocks_, hidden_blocks_;  // of hidden (or projected) units; of hidden units behind a projection
   A* bias_;                         // (D, blocks of one vector, 4, width), where the gates are computed again
-  A* grad_product_[2];              // (D, rows, G * H): gradients of the hidden halves, even and odd rounds
+  E* grad_product_[2];              // (D, rows, hh_depth): gradients of the hidden halves, even and odd rounds
   A* direct_;                       // (D, rows, out_pad): what reaches h beside the product; GRU
   A* grad_c_;                       // (D, rows, hidden_pad); LSTM
   A* reset_h_;                      // (D, segments, out_pad): what each segment sends to the reset state, zero without a reset
   A* reset_c_;                      // (D, segments, hidden_pad); LSTM
-  A* grad_h_;                       // (D, rows, out_pad): with a projection, of the step's h
-  A* packed_[max_directions];
-  A* packed_hr_[max_directions];
+  E* grad_h_;                       // (D, rows, out_pad): with a projection, of the step's h
+  E* packed_[max_directions];
+  E* packed_hr_[max_directions];
   size_t workspace_bytes_;
 };
 

@@ -22,12 +22,24 @@ void forward_with_bf16(const ForwardParams& params, const Threads& threads, void
   (better ? avx512_bf16::bfloat16_forward : avx512::table.forward)(params, threads, workspace);
 }
 
+size_t backward_workspace_with_bf16(const BackwardParams& params, const Threads& threads) {
+  const bool better = params.sizes.dtype == ScalarKind::bfloat16;
+  return (better ? avx512_bf16::bfloat16_backward_workspace : avx512::table.backward_workspace)(params, threads);
+}
+
+void backward_with_bf16(const BackwardParams& params, const Threads& threads, void* workspace, int64_t first, int64_t last) {
+  const bool better = params.sizes.dtype == ScalarKind::bfloat16;
+  (better ? avx512_bf16::bfloat16_backward : avx512::table.backward)(params, threads, workspace, first, last);
+}
+
 const Kernels& table_with_bf16() {
   static const Kernels table = [] {
     Kernels changed = avx512::table;
     changed.instruction_set = "avx512_bf16";
     changed.forward_plan = forward_plan_with_bf16;
     changed.forward = forward_with_bf16;
+    changed.backward_workspace = backward_workspace_with_bf16;
+    changed.backward = backward_with_bf16;
     return changed;
   }();
   return table;

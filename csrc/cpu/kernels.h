@@ -47,6 +47,8 @@ extern const Kernels table;
 namespace avx512_bf16 {
 ForwardPlan bfloat16_forward_plan(const ForwardParams&, const Threads&);
 void bfloat16_forward(const ForwardParams&, const Threads&, void* workspace);
+size_t bfloat16_backward_workspace(const BackwardParams&, const Threads&);
+void bfloat16_backward(const BackwardParams&, const Threads&, void* workspace, int64_t first, int64_t last);
 }  // namespace avx512_bf16
 #endif
 #endif

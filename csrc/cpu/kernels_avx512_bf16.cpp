@@ -1,4 +1,4 @@
-// What x86-64 with AVX-512 does better where it can multiply pairs of bfloat16, AVX512_BF16: the forward pass of bfloat16 tensors.
+// What x86-64 with AVX-512 does better where it can multiply pairs of bfloat16, AVX512_BF16: both passes of bfloat16 tensors.
 // The standard headers come first, so that nothing of theirs is compiled for it.
 #include "cpu/kernels.h"
 #ifdef HSM_HAS_AVX512_BF16
@@ -20,6 +20,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 #endif
+#include "cpu/backward.h"
 #include "cpu/dispatch.h"
 #include "cpu/forward.h"
 
@@ -35,6 +36,16 @@ ForwardPlan bfloat16_forward_plan(const ForwardParams& params, const Threads& th
 
 void bfloat16_forward(const ForwardParams& params, const Threads& threads, void* workspace) {
   with_cell<Forward, BFloat16>(params, threads, workspace, [](auto& pass) { pass.run(); });
+}
+
+size_t bfloat16_backward_workspace(const BackwardParams& params, const Threads& threads) {
+  size_t bytes = 0;
+  with_cell<Backward, BFloat16>(params, threads, nullptr, [&](auto& pass) { bytes = pass.workspace_bytes(); });
+  return bytes;
+}
+
+void bfloat16_backward(const BackwardParams& params, const Threads& threads, void* workspace, int64_t first, int64_t last) {
+  with_cell<Backward, BFloat16>(params, threads, workspace, [=](auto& pass) { pass.run(first, last); });
 }
 
 }  // namespace avx512_bf16

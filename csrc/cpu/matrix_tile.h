@@ -33,6 +33,11 @@ struct Multiplication {
   static HSM_INLINE Vector<E> load_lanes(const T* from, int count = lanes<E>()) {
     return load(from, count);
   }
+  // `count` outputs of as many rows of W as a lane holds, of which `rows` are left.
+  template <class T>
+  static HSM_INLINE Vector<E> load_rows(const T* from, int64_t /*row_stride*/, int64_t /*rows*/, int count) {
+    return load(from, count);
+  }
   template <class Value>
   static HSM_INLINE void add_product(Vector<E>& sum, Vector<E> weights, Value value) {
     sum += weights * value;
@@ -59,6 +64,10 @@ struct Multiplication<BFloat16> {
       copy_elements<BFloat16>(from, &pairs, count);
     }
     return (Vector<float>)pairs;
+  }
+  static HSM_INLINE Vector<float> load_rows(const BFloat16* from, int64_t row_stride, int64_t rows, int count) {
+    const Words first = (Words)load(from, count), second = rows > 1 ? (Words)load(from + row_stride, count) : Words{};
+    return (Vector<float>)(first >> 16 | second);
   }
   static HSM_INLINE void add_product(Vector<float>& sum, Vector<float> weights, Vector<float> value) {
     sum = (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)value);
@@ -174,14 +183,15 @@ void multiply_two_blocks(
 }
 
 // result (rows, columns * lanes) = state (rows, depth) @ one packed block.
-template <class A>
+template <class E>
 HSM_INLINE void multiply_tile(
-    int rows, int columns, const A* state, int64_t state_stride, const A* packed, int64_t depth, A* result) {
+    int rows, int columns, const E* state, int64_t state_stride, const E* packed, int64_t depth, Sum<E>* result) {
+  using From = Start<Sum<E>>;
   switch (columns) {
-    case 1: return multiply_block<A, 1>(rows, Start<A>{}, state, state_stride, 1, packed, depth, result);
-    case 2: return multiply_block<A, 2>(rows, Start<A>{}, state, state_stride, 1, packed, depth, result);
-    case 3: return multiply_block<A, 3>(rows, Start<A>{}, state, state_stride, 1, packed, depth, result);
-    case 4: return multiply_block<A, 4>(rows, Start<A>{}, state, state_stride, 1, packed, depth, result);
+    case 1: return multiply_block<E, 1>(rows, From{}, state, state_stride, 1, packed, depth, result);
+    case 2: return multiply_block<E, 2>(rows, From{}, state, state_stride, 1, packed, depth, result);
+    case 3: return multiply_block<E, 3>(rows, From{}, state, state_stride, 1, packed, depth, result);
+    case 4: return multiply_block<E, 4>(rows, From{}, state, state_stride, 1, packed, depth, result);
   }
 }
 
@@ -235,15 +245,19 @@ void pack_transposed(const T* w, int64_t row_stride, int64_t depth, int64_t firs
 }
 
 // Packs the columns `first` and the ones behind it, `columns` vectors of them, of W (depth, outputs), whose rows are `row_stride`
-// apart: sums run over the rows of W, gradients @ W.
-template <class T, class A>
-void pack_straight(const T* w, int64_t row_stride, int64_t outputs, int64_t depth, int64_t first, int columns, A* packed) {
+// apart: sums run over the rows of W, gradients @ W. A row is a pair of rows where a lane holds a pair.
+template <class T, class E>
+void pack_straight(const T* w, int64_t row_stride, int64_t outputs, int64_t depth, int64_t first, int columns, E* packed) {
+  using A = Sum<E>;
+  using By = Multiplication<E>;
   constexpr int width = lanes<A>();
-  for (int64_t k = 0; k < depth; ++k)
+  for (int64_t k = 0; k < depth; k += By::per_lane)
     for (int v = 0; v < columns; ++v) {
       const int64_t at = first + v * width;
-      const Vector<A> vector = at < outputs ? load(w + k * row_stride + at, static_cast<int>(smaller(width, outputs - at))) : Vector<A>{};
-      store(vector, packed + (k * columns + v) * width);
+      Vector<A> vector{};
+      const int count = static_cast<int>(smaller(width, outputs - at));
+      if (count > 0) vector = By::load_rows(w + k * row_stride + at, row_stride, depth - k, count);
+      memcpy(packed + (k * columns + v * By::per_lane) * width, &vector, sizeof vector);
     }
 }
 
