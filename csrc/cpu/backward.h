@@ -260,9 +260,11 @@ class Backward {
       store(gru_units(t, d, lane, u, grad_m, grad_pre), direct_ + (d * rows_ + row) * out_pad_ + u);
     }
     T* grad_gates = grad_gates_at(t, d, lane.segment->sequence) + u;
+#pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) store(grad_pre[g], grad_gates + g * z_.hidden, units);
     // The hidden halves, as the rows of W_hh stand: all four for LSTM; r, z and the hidden half of n for GRU.
     E* operand = product_out(k, d, row) + u;
+#pragma GCC unroll 4
     for (int g = 0; g < gate_count; ++g) store(grad_pre[is_lstm || g < 2 ? g : 3], operand + g * z_.hidden, units);
   }
 
@@ -277,6 +279,7 @@ class Backward {
   // The gates of a step, or their pre-activations.
   void load_gates(int64_t t, int d, int64_t n, int64_t u, V (&values)[4]) const {
     const T* gates = (p_.recompute ? grad_gates_at(t, d, n) : static_cast<const T*>(p_.gates) + place(t, d, n) * 4 * z_.hidden) + u;
+#pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) values[g] = load(gates + g * z_.hidden, count(u, z_.hidden));
     for (int g = 0; g < 4 && p_.recompute; ++g) values[g] += load(bias_ + (d * hidden_pad_ + u) * 4 + g * width);
   }
