@@ -33,7 +33,7 @@ double now() { return seconds_of(CLOCK_MONOTONIC); }
 double cpu_time() { return seconds_of(CLOCK_THREAD_CPUTIME_ID); }
 
 void note_loss(double worked, double lost) {
-  constexpr double worth_noting = 1e-3, share = 1.0 / 3, pause = 200e-3;
+  constexpr double worth_noting = 2e-3, share = 1.0, pause = 100e-3;
   if (lost < worth_noting || lost < share * worked) return;
   const double until = now() + pause;
   __atomic_store(&alone_until, &until, __ATOMIC_RELAXED);
