@@ -229,12 +229,14 @@ def test_backward_chunks(
     poisoned_memory: None, cell: str, proj_size: int, directions: int, initial: bool, recompute: bool
 ) -> None:
     """So many steps that the backward pass goes through the products in several pieces, the last a smaller one."""
-    case = Case(
-        cell, 70, 20, 70, hidden=130, proj_size=proj_size, directions=directions, initial=initial, recompute=recompute
-    )
-    ours, wanted = case.forward(), case.by_reference()
-    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(case.gradients(ours), case.gradients(wanted), rtol=1e-9, atol=1e-9)
+    for cuts in ({}, {"detaches": True}, {"resets": True, "reset_state": initial, "detaches": True}):
+        case = Case(
+            cell, 70, 20, 70, hidden=130, proj_size=proj_size, directions=directions, initial=initial,
+            recompute=recompute, density=0.05, **cuts,
+        )  # fmt: skip
+        ours, wanted = case.forward(), case.by_reference()
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(case.gradients(ours), case.gradients(wanted), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])

@@ -1,8 +1,8 @@
 // The backward pass of a layer: the recurrence, which leaves the gradients of all gate pre-activations, and the products over many
 // steps that make the gradients of weights and input from them.
 //
-// Where no boundary cuts the sequences, all of them are at the same step. Then a chunk of steps at a time goes through the
-// recurrence and through the products, while it is in cache.
+// Where all sequences are at the same step in every round, a chunk of steps at a time goes through the recurrence and through the
+// products, while it is in cache.
 #pragma once
 
 #include "binding/layer.h"
@@ -79,8 +79,9 @@ class BackwardPass {
 
   // All steps, unless every sequence is at the same step in every round and our own products take the chunks.
   int64_t chunk_steps() const {
-    const Boundaries& b = p_.boundaries;
-    if (b.reset_mask || b.detach_mask || b.lengths || z_.steps == 0 || z_.batch == 0) return z_.steps;
+    // A slot for each sequence and a round for each step: no sequence is shorter, and none is cut up and dealt out of its order.
+    const bool in_step = !p_.boundaries.lengths && p_.schedule.slots == z_.batch && p_.schedule.rounds == z_.steps;
+    if (!in_step || z_.steps == 0 || z_.batch == 0) return z_.steps;
     constexpr int64_t bytes = 1024e3, fewest_rows = 192;  // what a chunk may take of the cache; what a product needs to be fast
     const int64_t row_bytes = 4 * int64_t{z_.hidden} * (z_.dtype == ScalarKind::float64 ? 8 : 4);
     const int64_t rows = std::max(bytes / row_bytes, fewest_rows) * threads().count, steps = std::max<int64_t>(1, rows / z_.batch);
