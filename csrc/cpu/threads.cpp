@@ -16,10 +16,6 @@ inline void pause_briefly() {
 #endif
 }
 
-}  // namespace
-
-namespace {
-
 double seconds_of(clockid_t clock) {
   timespec time;
   clock_gettime(clock, &time);
@@ -27,6 +23,7 @@ double seconds_of(clockid_t clock) {
 }
 
 double alone_until = 0;  // of all callers: they share the cores
+
 }  // namespace
 
 double now() { return seconds_of(CLOCK_MONOTONIC); }
