@@ -22,7 +22,7 @@ class BackwardPass {
   // sequences have all steps; elsewhere `entering` (D, L, N, Hout) does.
   BackwardPass(const char* op, BackwardParams& params, const Tensor& input, const Tensor& output, const MaybeTensor& h_0,
                const MaybeTensor& entering, const std::vector<DirectionTensors>& directions, bool needs_input, bool needs_weights)
-      : p_(params), z_(params.sizes), directions_(directions), needs_input_(needs_input), needs_weights_(needs_weights),
+      : p_(params), z_(params.sizes), needs_input_(needs_input), needs_weights_(needs_weights),
         input_(torch::stable::contiguous(input)), output_(torch::stable::contiguous(output)) {
     check_type(op, "input", input, output.scalar_type());
     check_shape(op, "input", input, {z_.steps, z_.batch, input.size(2)});
@@ -206,7 +206,6 @@ class BackwardPass {
 
   BackwardParams& p_;
   const Sizes& z_;
-  const std::vector<DirectionTensors>& directions_;
   bool needs_input_, needs_weights_;
   Tensor input_, output_;
   MaybeTensor h_0_, entering_;

@@ -305,8 +305,6 @@ class Forward {
       case 2: return multiply_unpacked_rows<2>(w, u, start, states, row_stride, result);
       case 3: return multiply_unpacked_rows<3>(w, u, start, states, row_stride, result);
       case 4: return multiply_unpacked_rows<4>(w, u, start, states, row_stride, result);
-      case 5: return multiply_unpacked_rows<5>(w, u, start, states, row_stride, result);
-      case 6: return multiply_unpacked_rows<6>(w, u, start, states, row_stride, result);
     }
   }
 
