@@ -53,6 +53,9 @@ class Forward {
     // Weights from farther than the nearest cache come slower than the sums wait for each other, and slower still from two places.
     constexpr double nearest_cache = 66e3;
     two_blocks_ = packs_ && !hh_once && z_.hidden_out <= longest_sum && rows * z_.hidden_out * sizeof(E) <= nearest_cache * z_.directions;
+    // Weights that leave the core's own cache before they are used again.
+    constexpr double own_cache = 1.2e6;
+    far_ = rows * z_.hidden_out * sizeof(E) > own_cache * static_cast<double>(grid_.unit_groups);
     const int64_t scratch = (ih_once ? ih_depth_ : 0) + (hh_once ? hh_depth_ : 0);
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_;
@@ -320,7 +323,12 @@ class Forward {
   // `lanes` and `row`: the first lane of the tile, and its row of states. `starts`: its first row of Chunk::starts.
   void compute_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t u, const E* packed, const A* starts) {
     alignas(64) A product[max_rows * gate_count * width];
-    multiply(hh_[d], u, packed, lane_count, {starts, 4 * width}, h_now(k, d, row), out_pad_, product);
+    const Start<A> start{starts, 4 * width};
+    if (far_ && hh_[d].packed && lane_count <= most_waiting_rows) {
+      multiply_far_block<E, gate_count>(lane_count, start, h_now(k, d, row), out_pad_, 1, packed, hh_[d].depth, product);
+    } else {
+      multiply(hh_[d], u, packed, lane_count, start, h_now(k, d, row), out_pad_, product);
+    }
     finish_tile(k, d, lanes, lane_count, row, u, product, starts);
   }
 
@@ -456,6 +464,7 @@ class Forward {
   A* c_;                          // (D, rows, hidden_pad)
   E* m_;                          // (D, rows, hidden_pad): hidden state before the projection
   bool packs_;                    // whether the weights are packed
+  bool far_;                      // whether the packed recurrent weights come from far away at each step
   bool two_blocks_;               // whether a lane that is alone takes two of their blocks at a time
   Matrix ih_[max_directions], hh_[max_directions];
   E* packed_hr_[max_directions];

@@ -95,9 +95,14 @@ struct Start {
 // Sums of so many products are added up before they are added to what there is: rounding errors grow with the length of a sum.
 constexpr int64_t longest_sum = 256;
 
+// Weights that no near cache holds arrive as fast as they can only if they are asked for so many bytes ahead.
+constexpr int64_t bytes_ahead = 2048;
+// So few rows wait for them; more rows compute for longer than the weights take to come.
+constexpr int most_waiting_rows = 2;
+
 // The sums run in the same order whatever the number of rows: a sequence gives the same bits in any batch.
 // Element k of row r of the states is state[r * row_stride + k * depth_stride]; those of a lane lie behind each other.
-template <class E, int rows, int columns>
+template <class E, int rows, int columns, bool prefetches = false>
 HSM_INLINE void multiply_rows(
     Start<Sum<E>> start, const E* state, int64_t row_stride, int64_t depth_stride, const E* packed, int64_t depth, Sum<E>* result) {
   using A = Sum<E>;
@@ -113,7 +118,11 @@ HSM_INLINE void multiply_rows(
     for (const int64_t end = smaller(k + longest_sum, depth); k < end; k += By::per_lane) {
       Vector<A> weights[columns];
 #pragma GCC unroll 4
-      for (int v = 0; v < columns; ++v) memcpy(&weights[v], packed + (k * columns + v * By::per_lane) * width, sizeof(Vector<A>));
+      for (int v = 0; v < columns; ++v) {
+        const E* from = packed + (k * columns + v * By::per_lane) * width;
+        if (prefetches) __builtin_prefetch(reinterpret_cast<const char*>(from) + bytes_ahead);
+        memcpy(&weights[v], from, sizeof(Vector<A>));
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         const auto value = By::spread(state + r * row_stride + k * depth_stride);
@@ -134,6 +143,15 @@ HSM_INLINE void multiply_rows(
       }
     start = {result, columns * width};
   } while (k < depth);
+}
+
+// The product of at most `most_waiting_rows` rows, where the packed weights come from far away.
+template <class E, int columns>
+void multiply_far_block(
+    int rows, Start<Sum<E>> start, const E* state, int64_t row_stride, int64_t depth_stride, const E* packed, int64_t depth, Sum<E>* result) {
+  static_assert(most_waiting_rows <= 2 && most_waiting_rows <= max_rows, "the cases below are all numbers of rows");
+  if (rows == 1) return multiply_rows<E, 1, columns, true>(start, state, row_stride, depth_stride, packed, depth, result);
+  return multiply_rows<E, 2, columns, true>(start, state, row_stride, depth_stride, packed, depth, result);
 }
 
 template <class E, int columns>
@@ -275,6 +293,10 @@ void multiply_unpacked(const E* state, int64_t state_stride, const T* w, int64_t
     const T* row = w + j * depth;
     Vector<A> even[states] = {}, odd[states] = {};
     for (int64_t k = 0; k < pairs; k += 2 * most) {
+      if (states > 1) {  // one state alone is faster without
+        __builtin_prefetch(reinterpret_cast<const char*>(row + k) + bytes_ahead);
+        __builtin_prefetch(reinterpret_cast<const char*>(row + k + most) + bytes_ahead);
+      }
       const Vector<A> first = By::load_lanes(row + k), second = By::load_lanes(row + k + most);
 #pragma GCC unroll 8
       for (int r = 0; r < states; ++r) {
