@@ -62,14 +62,27 @@ def _first_weights(rnn: nn.Module, dtype: torch.dtype) -> list[Tensor]:
     return [getattr(rnn, f"{name}{suffix}").detach().to(dtype) for name in ("weight_ih", "weight_hh")]
 
 
+#: Packing of csrc/common/params.h, of W_ih and W_hh.
+_NONE, _AS_USED, _BEFORE = range(3)
+
+_HOW = {_NONE: "read as it lies", _AS_USED: "packed block by block as it is used", _BEFORE: "packed once for all steps"}
+
+
+def _packing(input_packing: int, state_packing: int) -> str:
+    if input_packing == state_packing:
+        how = _HOW[input_packing].replace("it is", "they are").replace("it lies", "they lie")
+        why = ", since there is too little work to pay for packing" if input_packing == _NONE else ""
+        return f"weights are {how}{why}"
+    return f"W_ih is {_HOW[input_packing]}, W_hh {_HOW[state_packing]}"
+
+
 def _describe(
     batch: int,
     steps: int,
     batch_groups: int,
     unit_groups: int,
-    packs: int,
-    input_as_used: int,
-    state_as_used: int,
+    input_packing: int,
+    state_packing: int,
     chunk_sequences: int,
     chunk_steps: int,
 ) -> str:
@@ -83,13 +96,6 @@ def _describe(
     who = f"{threads} threads share {shared}" if threads > 1 else "1 thread"
     if threads < available:
         who += f" of {available}, as there is too little work for more"
-    if not packs:
-        packing = "weights are read as they lie, since one step of few sequences uses each of them once"
-    elif state_as_used:
-        packing = "weights are packed block by block as the only step uses them"
-    elif input_as_used:
-        packing = "W_hh is packed once for all steps, W_ih block by block as it is used"
-    else:
-        packing = "weights are packed once for all steps"
+    packing = _packing(input_packing, state_packing)
     rows = f"{chunk_steps} of {steps} steps" if chunk_steps > 1 else f"{chunk_sequences} of {batch} sequences"
     return f"{who}; {packing}; the input of {rows} is multiplied at once"

@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor> explain_forward(Tensor input, Tensor weight_ih, Tenso
   cpu::Threads pool = threads();
   pool.count = static_cast<int>(torch::stable::get_num_threads());  // whatever else runs at the moment
   const ForwardPlan plan = cpu::kernels().forward_plan(p, pool);
-  const int64_t numbers[] = {plan.batch_groups, plan.unit_groups, plan.packs, plan.input_packed_as_used, plan.state_packed_as_used,
-                             plan.chunk_sequences, plan.chunk_steps};
+  const int64_t numbers[] = {plan.batch_groups, plan.unit_groups, static_cast<int64_t>(plan.input_packing),
+                             static_cast<int64_t>(plan.state_packing), plan.chunk_sequences, plan.chunk_steps};
   const std::string name = cpu::kernels().instruction_set;
   Tensor found = empty({static_cast<int64_t>(std::size(numbers))}, aoti_torch_dtype_int64());
   std::memcpy(found.mutable_data_ptr(), numbers, sizeof numbers);

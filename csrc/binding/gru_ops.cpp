@@ -30,6 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
   Tensor h_n = empty(input, {z.directions, z.batch, hidden});
   const bool save_gates = training && !recompute;
   Tensor gates = empty(input, save_gates ? Shape{z.steps, z.batch, z.directions, 4 * hidden} : Shape{0});
+  p.training = training;
   p.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
   p.h_n = h_n.mutable_data_ptr();

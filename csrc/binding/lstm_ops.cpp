@@ -31,6 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   const bool keep_c = training || return_states, save_gates = training && !recompute;
   Tensor c_states = empty(input, keep_c ? Shape{z.steps, z.batch, z.directions, z.hidden} : Shape{0});
   Tensor gates = empty(input, save_gates ? Shape{z.steps, z.batch, z.directions, 4 * static_cast<int64_t>(z.hidden)} : Shape{0});
+  p.training = training;
   p.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
   p.c_states = keep_c ? c_states.mutable_data_ptr() : nullptr;

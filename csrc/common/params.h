@@ -68,6 +68,7 @@ struct ForwardParams {
   const void* c_0;  // (D, N, H) or null; LSTM
   const void* input;  // (L, N, I) with strides; elements of one step of one sequence are contiguous
   int64_t input_size, input_step_stride, input_batch_stride;
+  bool training;   // a backward pass follows: then the bits of a step depend neither on the other steps of the call nor on other sequences
   void* gates;     // (L, N, D, 4 * H) or null: the activated gates, i, f, g, o or r, z, n, hidden half of n
   void* output;    // (L, N, D * Hout)
   void* c_states;  // (L, N, D, H) or null; LSTM
@@ -75,13 +76,15 @@ struct ForwardParams {
   void* c_n;       // (D, N, H); LSTM
 };
 
+// How a product takes its weights: as they lie, packed block by block as they are used, or all packed before the first step.
+enum class Packing { none, as_used, before };
+
 // How a forward pass would run, and the workspace that it needs.
 struct ForwardPlan {
   size_t workspace_bytes;
   // Threads by sequences times threads by hidden units; the latter meet after every step.
   int64_t batch_groups, unit_groups;
-  // Whether weights are packed: all before the first step, or those that are used once (both products, or the input's) as they are used.
-  bool packs, input_packed_as_used, state_packed_as_used;
+  Packing input_packing, state_packing;  // of W_ih and of W_hh
   int64_t chunk_sequences, chunk_steps;  // what the input's product is computed for at once
 };
 

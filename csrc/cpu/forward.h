@@ -39,24 +39,23 @@ class Forward {
     out_blocks_ = z_.projection ? (out_pad_ / width + max_columns - 1) / max_columns : 0;
     const double rows = gate_count * static_cast<double>(z_.hidden) * z_.directions;
     const double weights = rows * static_cast<double>(z_.hidden_out + p_.input_size), flops = 2 * weights * p_.schedule.slots;
-    // For one step of a few sequences packing the weights takes longer than the step, the more so if they are not in the cache.
-    constexpr double near_cache = 1e6;
-    packs_ = z_.steps != 1 || z_.batch > (weights * sizeof(T) < near_cache ? 2 : 4);
     grid_ = choose_grid(threads.count, p_.schedule, max_rows, flops, rows * z_.hidden_out * sizeof(E), blocks_ * z_.directions);
     const int64_t lanes = Slots::rows_of_a_group(p_.schedule, grid_.batch_groups);
     rows_ = lanes * grid_.batch_groups;
     choose_chunk(lanes);
     // Weights that every worker uses once are packed block by block as they are used, in cache.
-    const bool ih_once = packs_ && chunk_lanes_ == lanes && chunk_rounds_ == p_.schedule.rounds;
-    const bool hh_once = ih_once && chunk_rounds_ == 1 && grid_.batch_groups == 1;
-    if (hh_once) grid_.rows_outside = false;
+    const bool one_chunk = chunk_lanes_ == lanes && chunk_rounds_ == p_.schedule.rounds;
+    const Packing ih_packing = choose_packing(p_.input_size, false, one_chunk);
+    const Packing hh_packing = choose_packing(z_.hidden_out, p_.schedule.slots == 1, one_chunk && chunk_rounds_ == 1 && grid_.batch_groups == 1);
+    if (hh_packing != Packing::before) grid_.rows_outside = false;
     // Weights from farther than the nearest cache come slower than the sums wait for each other, and slower still from two places.
     constexpr double nearest_cache = 66e3;
-    two_blocks_ = packs_ && !hh_once && z_.hidden_out <= longest_sum && rows * z_.hidden_out * sizeof(E) <= nearest_cache * z_.directions;
+    two_blocks_ = hh_packing == Packing::before && z_.hidden_out <= longest_sum && rows * z_.hidden_out * sizeof(E) <= nearest_cache * z_.directions;
     // Weights that leave the core's own cache before they are used again.
     constexpr double own_cache = 1.2e6;
-    far_ = rows * z_.hidden_out * sizeof(E) > own_cache * static_cast<double>(grid_.unit_groups);
-    const int64_t scratch = (ih_once ? ih_depth_ : 0) + (hh_once ? hh_depth_ : 0);
+    far_ = hh_packing == Packing::before && rows * z_.hidden_out * sizeof(E) > own_cache * static_cast<double>(grid_.unit_groups);
+    ih_scratch_ = ih_packing == Packing::as_used ? gate_count * width * ih_depth_ : 0;
+    const int64_t scratch = ih_scratch_ + (hh_packing == Packing::as_used ? gate_count * width * hh_depth_ : 0);
     Arena arena(workspace);
     const int64_t states = z_.directions * rows_;
     barriers_ = arena.take<Barrier>(grid_.batch_groups);
@@ -66,7 +65,7 @@ class Forward {
     for (int64_t worker = 0; worker < grid_.workers(); ++worker) {
       const Chunk chunk{arena.take<Lane>(lanes), arena.take<int64_t>(chunk_rounds_ + 1),
                         arena.take<E>(z_.directions * chunk_rows_ * ih_depth_), arena.take<A>(share_ * chunk_rows_ * 4 * width),
-                        arena.take<E>(gate_count * width * scratch)};
+                        arena.take<E>(scratch)};
       if (chunk.lanes) chunks_[worker] = chunk;
     }
     bias_ = arena.take<A>(z_.directions * 4 * hidden_pad_);
@@ -74,12 +73,11 @@ class Forward {
     c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
     m_ = arena.take<E>(z_.projection ? states * hidden_pad_ : 0);
     for (int d = 0; d < z_.directions; ++d) {
-      const auto packed = [&](bool once, int64_t depth) { return packs_ && !once ? arena.take<E>(hidden_pad_ * gate_count * depth) : nullptr; };
-      ih_[d] = {static_cast<const T*>(p_.weights[d].weight_ih), p_.input_size, ih_depth_, packed(ih_once, ih_depth_)};
-      hh_[d] = {static_cast<const T*>(p_.weights[d].weight_hh), z_.hidden_out, hh_depth_, packed(hh_once, hh_depth_)};
+      ih_[d] = matrix(arena, p_.weights[d].weight_ih, p_.input_size, ih_depth_, ih_packing);
+      hh_[d] = matrix(arena, p_.weights[d].weight_hh, z_.hidden_out, hh_depth_, hh_packing);
       packed_hr_[d] = arena.take<E>(z_.projection ? out_blocks_ * max_columns * width * hr_depth_ : 0);
     }
-    plan_ = {arena.used(), grid_.batch_groups, grid_.unit_groups, packs_, ih_once, hh_once, chunk_lanes_, chunk_rounds_};
+    plan_ = {arena.used(), grid_.batch_groups, grid_.unit_groups, ih_packing, hh_packing, chunk_lanes_, chunk_rounds_};
   }
 
   const ForwardPlan& plan() const { return plan_; }
@@ -98,10 +96,11 @@ class Forward {
   }
 
  private:
-  // Rows of W, the gates', and the same packed in blocks of one vector of units, or null.
+  // Rows of W, the gates', and the same packed in blocks of one vector of units, if that is done before the first step.
   struct Matrix {
     const T* rows;
     int64_t depth, packed_depth;
+    Packing packing;
     E* packed;
   };
 
@@ -129,6 +128,22 @@ class Forward {
     return tensor ? load(static_cast<const T*>(tensor) + (d * z_.batch + n) * size + u, count(u, size)) : V{};
   }
 
+  Matrix matrix(Arena& arena, const void* rows, int64_t depth, int64_t packed_depth, Packing packing) const {
+    E* packed = packing == Packing::before ? arena.take<E>(hidden_pad_ * gate_count * packed_depth) : nullptr;
+    return {static_cast<const T*>(rows), depth, packed_depth, packing, packed};
+  }
+
+  // Packing the weights takes longer than it saves for few rows of states. Without it the lanes of each sum remain to be added up,
+  // which is the more of the work the shorter the sums are. A single row at a time waits for its weights, packed or not. The order
+  // of the sums is another one, too: in training, a sequence has the same bits in one call as in several.
+  Packing choose_packing(int64_t depth, bool single_rows, bool once) const {
+    constexpr int64_t depth_per_row = 18, most_rows_unpacked = 28, depth_per_single_row = 12;
+    const int64_t rows = z_.steps * z_.batch;
+    const int64_t few = single_rows ? depth / depth_per_single_row : smaller(depth / depth_per_row, most_rows_unpacked);
+    if (!p_.training && rows <= larger(1, few)) return Packing::none;
+    return once ? Packing::as_used : Packing::before;
+  }
+
   // As many rounds as the near cache holds the input's product of, or one round of a part of the lanes. A single round had better be
   // in one piece, as then the weights need not be packed first.
   void choose_chunk(int64_t lanes) {
@@ -149,7 +164,7 @@ class Forward {
     if (block >= blocks_) return pack_projection(d, block - blocks_);
     const int64_t u = block * width;
     for (const Matrix& w : {ih_[d], hh_[d]})
-      if (w.packed) pack_block(w, u, w.packed + u * gate_count * w.packed_depth);
+      if (w.packing == Packing::before) pack_block(w, u, w.packed + u * gate_count * w.packed_depth);
     pack_bias<T, kind>(p_.weights[d], z_.hidden, u, bias_ + (d * hidden_pad_ + u) * 4);
   }
 
@@ -159,10 +174,10 @@ class Forward {
                       packed + g * vector);
   }
 
-  // The packed block of the units from u on; packed now, into `scratch`, if it was not.
+  // The packed block of the units from u on, if there is one; packed now, into `scratch`, if it is packed as it is used.
   const E* packed_block(const Matrix& w, int64_t u, E* scratch) const {
-    if (w.packed) return w.packed + u * gate_count * w.packed_depth;
-    if (packs_) pack_block(w, u, scratch);
+    if (w.packing == Packing::before) return w.packed + u * gate_count * w.packed_depth;
+    if (w.packing == Packing::as_used) pack_block(w, u, scratch);
     return scratch;
   }
 
@@ -242,8 +257,9 @@ class Forward {
         const int64_t u = item % blocks_ * width;
         const Walk& walk = walks_.at(worker, d);
         const A* starts = chunk.starts + ((item - items.begin) * chunk_rows_ + first_row + i) * 4 * width;
-        E* scratch = chunk.scratch + gate_count * width * ih_depth_;
-        const E* packed = hh_[d].packed || i == lanes.begin ? packed_block(hh_[d], u, scratch) : scratch;
+        E* scratch = chunk.scratch + ih_scratch_;
+        const bool is_there = hh_[d].packing == Packing::as_used && i > lanes.begin;
+        const E* packed = is_there ? scratch : packed_block(hh_[d], u, scratch);
         compute_tile(k, d, walk.lanes + i, rows, walk.first_row + i, u, packed, starts);
       });
     }
@@ -302,12 +318,16 @@ class Forward {
 
   // The gates of one vector of units from u on, whose weights are `packed`, for some rows of states.
   void multiply(const Matrix& w, int64_t u, const E* packed, int rows, Start<A> start, const E* states, int64_t row_stride, A* result) {
-    if (packs_) return multiply_block<E, gate_count>(rows, start, states, row_stride, 1, packed, w.depth, result);
+    if (w.packing != Packing::none) return multiply_block<E, gate_count>(rows, start, states, row_stride, 1, packed, w.depth, result);
     switch (rows) {
       case 1: return multiply_unpacked_rows<1>(w, u, start, states, row_stride, result);
       case 2: return multiply_unpacked_rows<2>(w, u, start, states, row_stride, result);
       case 3: return multiply_unpacked_rows<3>(w, u, start, states, row_stride, result);
       case 4: return multiply_unpacked_rows<4>(w, u, start, states, row_stride, result);
+#if HSM_VECTOR_REGISTERS >= 32
+      case 5: return multiply_unpacked_rows<5>(w, u, start, states, row_stride, result);
+      case 6: return multiply_unpacked_rows<6>(w, u, start, states, row_stride, result);
+#endif
     }
   }
 
@@ -324,7 +344,7 @@ class Forward {
   void compute_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t u, const E* packed, const A* starts) {
     alignas(64) A product[max_rows * gate_count * width];
     const Start<A> start{starts, 4 * width};
-    if (far_ && hh_[d].packed && lane_count <= most_waiting_rows) {
+    if (far_ && lane_count <= most_waiting_rows) {
       multiply_far_block<E, gate_count>(lane_count, start, h_now(k, d, row), out_pad_, 1, packed, hh_[d].depth, product);
     } else {
       multiply(hh_[d], u, packed, lane_count, start, h_now(k, d, row), out_pad_, product);
@@ -463,7 +483,7 @@ class Forward {
   E* h_[2];                       // (D, rows, out_pad): what enters even and odd rounds
   A* c_;                          // (D, rows, hidden_pad)
   E* m_;                          // (D, rows, hidden_pad): hidden state before the projection
-  bool packs_;                    // whether the weights are packed
+  int64_t ih_scratch_;            // of Chunk::scratch, what W_ih's block takes
   bool far_;                      // whether the packed recurrent weights come from far away at each step
   bool two_blocks_;               // whether a lane that is alone takes two of their blocks at a time
   Matrix ih_[max_directions], hh_[max_directions];

@@ -237,6 +237,19 @@ HSM_INLINE void transpose(Vector<A> (&rows)[lanes<A>()]) {
   }
 }
 
+// The sum of each vector's lanes: each pass halves the vectors, and the lanes that belong to the same sum.
+template <class A>
+HSM_INLINE Vector<A> sum_of_each(Vector<A> (&vectors)[lanes<A>()]) {
+  constexpr int width = lanes<A>();
+  constexpr std::make_integer_sequence<int, width> all{};
+#pragma GCC unroll 4
+  for (int half = width / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int j = 0; j < half; ++j)
+      vectors[j] = interleave<0>(vectors[j], vectors[j + half], all) + interleave<width / 2>(vectors[j], vectors[j + half], all);
+  return vectors[0];
+}
+
 // Packs rows of W (outputs, depth) as one vector of outputs per column of W: sums run over the columns, states @ W^T. The rows,
 // `row_stride` apart, are `first` and the ones behind it, up to `count`, at column k the vector `packed + k * stride`. A column
 // is a pair of columns where a lane holds a pair.
@@ -279,43 +292,69 @@ void pack_straight(const T* w, int64_t row_stride, int64_t outputs, int64_t dept
     }
 }
 
+// Each of `states` states (depth) . each of `outputs` rows of W that lie behind each other: to sums[state][output] a vector of partial sums.
+template <int states, int outputs, class T, class E, class Sums>
+HSM_INLINE void multiply_rows_unpacked(const E* state, int64_t state_stride, const T* w, int64_t depth, Sums sums) {
+  using A = Sum<E>;
+  using By = Multiplication<E>;
+  constexpr int most = lanes<A>() * By::per_lane;
+  constexpr int chains = outputs == 1 ? 2 : 1;  // of additions that do not wait for each other
+  Vector<A> parts[chains][states][outputs] = {};
+  const int64_t whole = depth / (chains * most) * (chains * most);
+  for (int64_t k = 0; k < whole; k += chains * most) {
+#pragma GCC unroll 2
+    for (int c = 0; c < chains; ++c) {
+      Vector<A> weights[outputs];
+#pragma GCC unroll 4
+      for (int j = 0; j < outputs; ++j) {
+        const T* from = w + j * depth + k + c * most;
+        if (outputs > 1) __builtin_prefetch(from + outputs * depth);  // of the rows that come next
+        weights[j] = By::load_lanes(from);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < states; ++r) {
+        const auto values = By::load_lanes(state + r * state_stride + k + c * most);
+#pragma GCC unroll 4
+        for (int j = 0; j < outputs; ++j) By::add_product(parts[c][r][j], weights[j], values);
+      }
+    }
+  }
+  for (int64_t k = whole; k < depth; k += most) {
+    const int rest = static_cast<int>(smaller(most, depth - k));
+#pragma GCC unroll 8
+    for (int r = 0; r < states; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < outputs; ++j)
+        By::add_product(parts[0][r][j], By::load_lanes(w + j * depth + k, rest), By::load_lanes(state + r * state_stride + k, rest));
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < states; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < outputs; ++j) sums[r][j] = chains == 2 ? parts[0][r][j] + parts[chains - 1][r][j] : parts[0][r][j];
+}
+
 // Each of `states` states (depth) . each of `outputs` rows of W that lie behind each other, at most one vector of them: into one
-// vector for each state, zero behind the outputs. For weights that are used once, where packing them would take longer. W is read
+// vector for each state, zero behind the outputs. For weights that are used so seldom that packing them would take longer. W is read
 // from its first element to its last, as fast as memory gives it.
 template <int states, class T, class E>
 void multiply_unpacked(const E* state, int64_t state_stride, const T* w, int64_t depth, int outputs, Vector<Sum<E>> (&result)[states]) {
   using A = Sum<E>;
-  using By = Multiplication<E>;
-  constexpr int width = lanes<A>(), most = width * By::per_lane;
+  constexpr int width = lanes<A>();
+  // Several rows of W share what is loaded of several states. For one state a row at a time is as fast, or faster.
+  constexpr int together = states == 1 || width < 4 ? 1 : 4;
   Vector<A> sums[states][width] = {};
-  const int64_t pairs = depth / (2 * most) * (2 * most);
-  for (int j = 0; j < outputs; ++j) {
-    const T* row = w + j * depth;
-    Vector<A> even[states] = {}, odd[states] = {};
-    for (int64_t k = 0; k < pairs; k += 2 * most) {
-      if (states > 1) {  // one state alone is faster without
-        __builtin_prefetch(reinterpret_cast<const char*>(row + k) + bytes_ahead);
-        __builtin_prefetch(reinterpret_cast<const char*>(row + k + most) + bytes_ahead);
-      }
-      const Vector<A> first = By::load_lanes(row + k), second = By::load_lanes(row + k + most);
-#pragma GCC unroll 8
-      for (int r = 0; r < states; ++r) {
-        By::add_product(even[r], first, By::load_lanes(state + r * state_stride + k));
-        By::add_product(odd[r], second, By::load_lanes(state + r * state_stride + k + most));
-      }
-    }
-    for (int64_t k = pairs; k < depth; k += most) {
-      const int rest = static_cast<int>(smaller(most, depth - k));
-      for (int r = 0; r < states; ++r) By::add_product(even[r], By::load_lanes(row + k, rest), By::load_lanes(state + r * state_stride + k, rest));
-    }
-    for (int r = 0; r < states; ++r) sums[r][j] = even[r] + odd[r];
+  int j = 0;
+  for (; j + together <= outputs; j += together) {
+    Vector<A>* to[states];
+    for (int r = 0; r < states; ++r) to[r] = sums[r] + j;
+    multiply_rows_unpacked<states, together>(state, state_stride, w + j * depth, depth, to);
   }
-  for (int r = 0; r < states; ++r) {
-    transpose<A>(sums[r]);
-    result[r] = sums[r][0];
-#pragma GCC unroll 16
-    for (int lane = 1; lane < width; ++lane) result[r] += sums[r][lane];
+  for (; j < outputs; ++j) {
+    Vector<A>* to[states];
+    for (int r = 0; r < states; ++r) to[r] = sums[r] + j;
+    multiply_rows_unpacked<states, 1>(state, state_stride, w + j * depth, depth, to);
   }
+  for (int r = 0; r < states; ++r) result[r] = sum_of_each<A>(sums[r]);
 }
 
 }  // namespace HSM_ISA
