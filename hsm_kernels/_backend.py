@@ -114,6 +114,16 @@ def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def has_cpu_kernels(device: torch.device) -> bool:
+    """Whether the operators run kernels of the native library on ``device``, and it is the CPU."""
+    return device.type == "cpu" and _library_is_loaded()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _library_is_loaded() -> bool:
+    return _library.build_info().loaded
+
+
 def always_takes_cpu_kernels() -> bool:
     """Whether every call on the CPU that has a kernel takes it: no other backend was chosen, no transform is active."""
     return (

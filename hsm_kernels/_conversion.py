@@ -74,6 +74,9 @@ def _not_shareable(module: nn.Module) -> str | None:
     """Why another module cannot stand for this one."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "the module has hooks, which refer to the module itself; remove them first"
+    dtype = getattr(module, "weight_dtype", None)
+    if dtype is not None and next(module.parameters()).dtype == dtype:
+        return f"torch.nn has no weights in {dtype} beside float32 states; call .float() first"
     return None
 
 

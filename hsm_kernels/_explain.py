@@ -59,7 +59,10 @@ def _steps_and_batch(rnn: nn.Module, input: Tensor | PackedSequence) -> tuple[in
 
 def _first_weights(rnn: nn.Module, dtype: torch.dtype) -> list[Tensor]:
     suffix = "" if isinstance(rnn, nn.RNNCellBase) else "_l0"
-    return [getattr(rnn, f"{name}{suffix}").detach().to(dtype) for name in ("weight_ih", "weight_hh")]
+    weights = [getattr(rnn, f"{name}{suffix}").detach() for name in ("weight_ih", "weight_hh")]
+    if getattr(rnn, "weight_dtype", None) is not None and dtype == torch.float32 and not torch.is_grad_enabled():
+        return weights
+    return [weight.to(dtype) for weight in weights]
 
 
 #: Packing of csrc/common/params.h, of W_ih and W_hh.

@@ -65,7 +65,9 @@ def lstm(
         hx: ``(h_0, c_0)`` of ``(D * K, N, Hout)`` and ``(D * K, N, H)``, or a list with one such pair per layer, ``(D,
             N, ..)`` each, or None for zeros. The batch dimension may be 1.
         weights: one entry per layer and direction, as :attr:`torch.nn.LSTM.all_weights`: ``weight_ih`` ``(4 * H, I)``,
-            ``weight_hh`` ``(4 * H, Hout)``, ``bias_ih`` and ``bias_hh`` ``(4 * H,)``, ``weight_hr`` ``(P, H)``.
+            ``weight_hh`` ``(4 * H, Hout)``, ``bias_ih`` and ``bias_hh`` ``(4 * H,)``, ``weight_hr`` ``(P, H)``. For a
+            float32 input the matrices may be bfloat16, and are used as ``weight.float()``: without gradients the
+            kernels read them as they are, which takes half the time where reading the weights is most of it.
         bidirectional: whether ``weights`` alternate between the forward and the reverse direction.
         batch_first: whether ``input``, masks and per-step results have the batch first.
         dropout: probability, applied to the output of each layer but the last if ``training``.
@@ -304,8 +306,9 @@ def _lstm_op_layer(
 ) -> _LayerResult:
     h_0, c_0 = state or (None, None)
     reset_h, reset_c = reset_state or (None, None)
+    training = _needs_gradient(input, h_0, c_0, *weights[0], *weights[-1], reset_h, reset_c)
+    weights = _op_weights(weights, input, training)
     reverse = weights[1] if len(weights) == 2 else (None,) * 5
-    training = _needs_gradient(input, h_0, c_0, *weights[0], *reverse, reset_h, reset_c)
     output, h_n, c_n, c_states, _ = _ops.lstm_forward(
         input, h_0, c_0, *weights[0], *reverse, boundaries.reset_mask, reset_h, reset_c, boundaries.detach_mask,
         boundaries.lengths, return_states, recompute, training,
@@ -327,8 +330,9 @@ def _gru_op_layer(
         None if state is None else state[0],
         None if reset_state is None else reset_state[0],
     )
+    training = _needs_gradient(input, h_0, *weights[0], *weights[-1], reset_h)
+    weights = _op_weights(weights, input, training)
     reverse = weights[1][:4] if len(weights) == 2 else (None,) * 4
-    training = _needs_gradient(input, h_0, *weights[0], *reverse, reset_h)
     output, h_n, _ = _ops.gru_forward(
         input, h_0, *weights[0][:4], *reverse, boundaries.reset_mask, reset_h, boundaries.detach_mask,
         boundaries.lengths, recompute, training,
@@ -352,7 +356,7 @@ def _lstm_reference_layer(
         input,
         initial_or_zeros(h_0, input, len(weights), hidden_out),
         initial_or_zeros(c_0, input, len(weights), gate_rows // 4),
-        weights,
+        _in_the_dtype_of(input, weights),
         lstm_boundaries(
             len(weights), boundaries.reset_mask, reset_h, reset_c, boundaries.detach_mask, boundaries.lengths
         ),
@@ -377,7 +381,7 @@ def _gru_reference_layer(
     output, h_n = reference.gru_layer(
         input,
         initial_or_zeros(h_0, input, len(weights), weights[0].weight_hh.size(1)),
-        weights,
+        _in_the_dtype_of(input, weights),
         gru_boundaries(len(weights), boundaries.reset_mask, reset_h, boundaries.detach_mask, boundaries.lengths),
     )
     return _LayerResult(output, (h_n,), (_by_direction(output, len(weights)),) if return_states else None)
@@ -405,6 +409,17 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _op_weights(weights: list[Weights], input: Tensor, training: bool) -> list[Weights]:
+    """The weights of a layer as the operators take them: those of a smaller dtype are widened unless a kernel does."""
+    if weights[0].weight_hh.dtype == input.dtype or (not training and _backend.has_cpu_kernels(input.device)):
+        return weights
+    return _in_the_dtype_of(input, weights)
+
+
+def _in_the_dtype_of(input: Tensor, weights: list[Weights]) -> list[Weights]:
+    return [Weights(*(None if w is None else w.to(input.dtype) for w in entry)) for entry in weights]  # type: ignore[arg-type]
+
+
 def _by_direction(output: Tensor, directions: int) -> Tensor:
     """``(L, N, D * Hout)`` -> ``(D, L, N, Hout)``, a view."""
     return output.view(*output.shape[:2], directions, output.size(2) // directions).permute(2, 0, 1, 3)
@@ -421,11 +436,15 @@ def _layers(kind: _Kind, weights: Sequence[LayerWeights], directions: int, input
     layers = [named[k : k + directions] for k in range(0, len(named), directions)]
     size, (rows, hidden_out) = input.size(2), named[0].weight_hh.shape
     dtype = input.dtype if autocast_dtype(input.device) is None else None
+    matrix_dtype = dtype
+    if dtype == torch.float32 and named[0].weight_hh.dtype == torch.bfloat16:
+        matrix_dtype = torch.bfloat16
     for layer in layers:
         expected = ((rows, size), (rows, hidden_out), (rows,), (rows,), (hidden_out, rows // kind.gates))
         for entry in layer:
             for k, tensor in enumerate(entry):
-                if tensor is not None and (tensor.shape != expected[k] or (dtype and tensor.dtype != dtype)):
+                wanted = matrix_dtype if len(expected[k]) == 2 else dtype
+                if tensor is not None and (tensor.shape != expected[k] or (wanted and tensor.dtype != wanted)):
                     raise _weight_error(kind, Weights._fields[k], tensor, expected[k], input.dtype)
         size = directions * hidden_out
     return layers

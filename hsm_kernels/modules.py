@@ -19,11 +19,25 @@ __all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell"]
 class _RNN(nn.RNNBase):
     """What LSTM and GRU share: everything but their state and their function."""
 
+    weight_dtype: torch.dtype | None = None  #: of the weight matrices, if it is not the dtype of biases and states
+
     _function: Any  #: what runs the layers: functional.lstm or functional.gru
     _plain: Any  #: what runs one layer of a plain call: _plain.lstm or _plain.gru
 
     def flatten_parameters(self) -> None:
         """Do nothing: the weights are read where they are. Kept because callers of torch.nn call it."""
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise as torch.nn does unless ``input`` has the right dtype and size; ``weight_dtype`` is not the input's."""
+        kept = self.weight_dtype
+        if kept is not None and self._flat_weights[0].dtype == kept:  # type: ignore[union-attr]
+            if input.dtype != torch.float32 and not torch._C._is_any_autocast_enabled():
+                raise ValueError(
+                    f"{self.mode}: the input of a module with weight_dtype={kept} must have dtype torch.float32, got "
+                    f"{input.dtype}; use input.float()"
+                )
+            input = torch.empty(input.shape, dtype=kept, device="meta")
+        super().check_input(input, batch_sizes)
 
     def check_hidden_size(
         self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = "Expected hidden size {}, got {}"
@@ -176,13 +190,31 @@ def _map_state(state: Any, function: Any) -> Any:
     return type(state)(None if part is None else _map_state(part, function) for part in state)
 
 
+def _keep_weights_in(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Round a new module's weight matrices to ``dtype``, if it is given."""
+    if dtype is None:
+        return
+    who, parameters = type(module).__name__, list(module.parameters())
+    if dtype != torch.bfloat16:
+        raise ValueError(f"{who}: weight_dtype must be torch.bfloat16 or None, got {dtype}")
+    given = parameters[0].dtype
+    if given != torch.float32:
+        raise ValueError(f"{who}: weight_dtype is for a float32 module, got dtype={given}; leave one of them out")
+    for parameter in parameters:
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.to(dtype)
+    module.weight_dtype = dtype  # type: ignore[assignment]
+
+
 class LSTM(_RNN):
     r"""A drop-in for :class:`torch.nn.LSTM`: same constructor, parameters, state_dict and results.
 
     Args: as :class:`torch.nn.LSTM` - ``input_size``, ``hidden_size``, ``num_layers=1``, ``bias=True``,
-    ``batch_first=False``, ``dropout=0.0``, ``bidirectional=False``, ``proj_size=0``, ``device=None``, ``dtype=None``.
+    ``batch_first=False``, ``dropout=0.0``, ``bidirectional=False``, ``proj_size=0``, ``device=None``, ``dtype=None`` -
+    and, by keyword, ``weight_dtype=None``: with ``torch.bfloat16`` a float32 module keeps its weight matrices rounded
+    to bfloat16, and computes with them in float32 (see :func:`hsm_kernels.functional.lstm`).
 
-    Raises: as :class:`torch.nn.LSTM`.
+    Raises: as :class:`torch.nn.LSTM`; ValueError for another ``weight_dtype``, or one beside another ``dtype``.
 
     >>> rnn = LSTM(3, 4)
     >>> output, (h_n, c_n) = rnn(torch.randn(5, 2, 3))
@@ -193,8 +225,9 @@ class LSTM(_RNN):
     _function = staticmethod(functional.lstm)
     _plain = staticmethod(_plain.lstm)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, weight_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
+        _keep_weights_in(self, weight_dtype)
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
@@ -209,9 +242,10 @@ class GRU(_RNN):
     r"""A drop-in for :class:`torch.nn.GRU`: same constructor, parameters, state_dict and results.
 
     Args: as :class:`torch.nn.GRU` - ``input_size``, ``hidden_size``, ``num_layers=1``, ``bias=True``,
-    ``batch_first=False``, ``dropout=0.0``, ``bidirectional=False``, ``device=None``, ``dtype=None``.
+    ``batch_first=False``, ``dropout=0.0``, ``bidirectional=False``, ``device=None``, ``dtype=None`` - and, by keyword,
+    ``weight_dtype=None``, as for :class:`LSTM`.
 
-    Raises: as :class:`torch.nn.GRU`.
+    Raises: as :class:`torch.nn.GRU`, and as :class:`LSTM`.
 
     >>> rnn = GRU(3, 4, batch_first=True)
     >>> output, h_n = rnn(torch.randn(2, 5, 3))
@@ -222,10 +256,11 @@ class GRU(_RNN):
     _function = staticmethod(functional.gru)
     _plain = staticmethod(_plain.gru)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, weight_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
+        _keep_weights_in(self, weight_dtype)
 
     def to_torch(self) -> nn.GRU:
         """A :class:`torch.nn.GRU` that shares this module's parameters, for ONNX export, quantization and so on."""
@@ -234,6 +269,8 @@ class GRU(_RNN):
 
 class _Cell(nn.RNNCellBase):
     """What the cells share: the checks of torch.nn's cells, with their messages."""
+
+    weight_dtype: torch.dtype | None = None  #: as in LSTM and GRU
 
     def _step(self, function: Any, input: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """Check ``input`` and ``state``, give them a batch if they have none, and run ``function``."""
@@ -291,7 +328,8 @@ class _Cell(nn.RNNCellBase):
 class LSTMCell(_Cell):
     r"""A drop-in for :class:`torch.nn.LSTMCell`.
 
-    Args: ``input_size``, ``hidden_size``, ``bias=True``, ``device=None``, ``dtype=None``.
+    Args: ``input_size``, ``hidden_size``, ``bias=True``, ``device=None``, ``dtype=None``; by keyword,
+    ``weight_dtype=None``, as for :class:`LSTM`.
 
     >>> h, c = LSTMCell(3, 4)(torch.randn(2, 3))
     >>> h.shape
@@ -301,9 +339,17 @@ class LSTMCell(_Cell):
     _is_lstm = True
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        weight_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        _keep_weights_in(self, weight_dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: ``input`` ``(N, I)`` or ``(I,)``, ``hx`` ``(h, c)`` of ``(N, H)`` or ``(H,)`` -> the new pair.
@@ -320,7 +366,8 @@ class LSTMCell(_Cell):
 class GRUCell(_Cell):
     r"""A drop-in for :class:`torch.nn.GRUCell`.
 
-    Args: ``input_size``, ``hidden_size``, ``bias=True``, ``device=None``, ``dtype=None``.
+    Args: ``input_size``, ``hidden_size``, ``bias=True``, ``device=None``, ``dtype=None``; by keyword,
+    ``weight_dtype=None``, as for :class:`LSTM`.
 
     >>> GRUCell(3, 4)(torch.randn(2, 3)).shape
     torch.Size([2, 4])
@@ -329,9 +376,17 @@ class GRUCell(_Cell):
     _is_lstm = False
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        weight_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        _keep_weights_in(self, weight_dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: ``input`` ``(N, I)`` or ``(I,)``, ``hx`` ``(N, H)`` or ``(H,)`` -> the new ``h``.

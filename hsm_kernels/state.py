@@ -413,8 +413,12 @@ def spec_of(who: str, rnn: object) -> StateSpec:
 
 
 def weight_of(rnn: nn.Module) -> Tensor:
-    """One of the parameters; the weight itself may be computed from others, at a cost."""
-    return next(rnn.parameters())
+    """A tensor with the dtype and device of the state: a parameter, as computing a weight from others may cost."""
+    weight = next(rnn.parameters())
+    if weight.dtype != getattr(rnn, "weight_dtype", None):
+        return weight
+    biases = (parameter for parameter in rnn.parameters() if parameter.dim() == 1)
+    return next(biases, weight.new_empty(0, dtype=torch.float32))
 
 
 def check_fits(who: str, hx: object, rnn: nn.Module, name: str = "hx") -> None:

@@ -28,7 +28,7 @@ CALLS = {
     "one step": (hsm.LSTM(8, 8), torch.zeros(1, 9, 8), "packed block by block as they are used"),
     "a short call": (hsm.GRU(8, 8), torch.zeros(5, 3, 8), "W_hh packed once for all steps; the input of 5 of 5 steps"),
     "few rows": (hsm.LSTM(512, 512), torch.zeros(2, 9, 512), "too little work to pay for packing"),
-    "one sequence": (hsm.GRU(256, 256), torch.zeros(20, 1, 256), "W_ih is packed block by block as it is used, W_hh read as it lies"),
+    "one sequence": (hsm.GRU(256, 256), torch.zeros(20, 1, 256), "as it is used, W_hh read as it lies"),
     "a long call": (hsm.LSTM(64, 64), torch.zeros(999, 8, 64), "share hidden units|share sequences"),
     "batch first": (hsm.LSTM(64, 64, batch_first=True), torch.zeros(8, 999, 64), "of 999 steps"),
     "many sequences": (hsm.GRU(64, 64), torch.zeros(2, 5000, 64), "of 5000 sequences is multiplied at once"),

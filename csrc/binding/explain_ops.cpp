@@ -12,6 +12,7 @@ std::tuple<Tensor, Tensor> explain_forward(Tensor input, Tensor weight_ih, Tenso
   p.sizes = sizes_of(op, is_lstm ? CellKind::lstm : CellKind::gru, input, input.size(0), input.size(1), bidirectional ? 2 : 1, weight_hh,
                      projection);
   p.input_size = weight_ih.size(1);
+  p.bfloat16_weights = input.scalar_type() == ScalarType::Float && weight_hh.scalar_type() == ScalarType::BFloat16;
   const cpu::Plan schedule(p.sizes, p.boundaries, false);
   p.schedule = schedule.schedule();
   cpu::Threads pool = threads();

@@ -20,9 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
   const int64_t hidden = z.hidden;
   Arguments arguments(op, input.scalar_type());
   p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, {}, detach_mask, lengths);
-  for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
   p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, hidden});
-  add_input(arguments, input, directions, p);
+  add_weights_and_input(arguments, input, directions, training, p);
   const cpu::Plan plan(z, p.boundaries, false);
   p.schedule = plan.schedule();
 
@@ -54,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Shape h_shape{z.directions, z.batch, hidden}, h_steps{z.steps, z.batch, z.directions * hidden};
   Arguments arguments(op, output.scalar_type());
   p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, {}, detach_mask, lengths);
-  for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
+  for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d], output.scalar_type());
   p.h_0 = arguments.pointer("h_0", h_0, h_shape);
   p.output = arguments.pointer("output", output, h_steps);
   p.gates = arguments.pointer("gates", gates, {z.steps, z.batch, z.directions, 4 * hidden});

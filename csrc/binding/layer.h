@@ -40,19 +40,25 @@ inline Boundaries boundaries_of(Arguments& arguments, const Sizes& z, const Mayb
   return b;
 }
 
-inline Weights weights_of(Arguments& arguments, const Sizes& z, const DirectionTensors& w) {
+inline Weights weights_of(Arguments& arguments, const Sizes& z, const DirectionTensors& w, ScalarType type) {
   const int64_t rows = (z.cell == CellKind::lstm ? 4 : 3) * static_cast<int64_t>(z.hidden);
-  return {nullptr, arguments.pointer("weight_hh", w.weight_hh, {rows, z.hidden_out}),
-          arguments.pointer("weight_hr", w.weight_hr, {z.hidden_out, z.hidden}), arguments.pointer("bias_ih", w.bias_ih, {rows}),
+  return {nullptr, arguments.pointer("weight_hh", w.weight_hh, {rows, z.hidden_out}, type),
+          arguments.pointer("weight_hr", w.weight_hr, {z.hidden_out, z.hidden}, type), arguments.pointer("bias_ih", w.bias_ih, {rows}),
           arguments.pointer("bias_hh", w.bias_hh, {rows})};
 }
 
-// The input (L, N, I) as the forward pass reads it, and the weights that take it.
-inline void add_input(Arguments& arguments, const Tensor& input, const std::vector<DirectionTensors>& directions, ForwardParams& p) {
+// All weights as the forward pass reads them, and the input (L, N, I).
+inline void add_weights_and_input(Arguments& arguments, const Tensor& input, const std::vector<DirectionTensors>& directions, bool training,
+                                  ForwardParams& p) {
+  ScalarType type = input.scalar_type();
+  p.bfloat16_weights = !training && type == ScalarType::Float && directions[0].weight_hh->scalar_type() == ScalarType::BFloat16;
+  if (p.bfloat16_weights) type = ScalarType::BFloat16;
   p.input_size = input.size(2);
   p.input = arguments.rows("input", input, {p.sizes.steps, p.sizes.batch, p.input_size}, p.input_step_stride, p.input_batch_stride);
-  for (int d = 0; d < p.sizes.directions; ++d)
-    p.weights[d].weight_ih = arguments.pointer("weight_ih", directions[d].weight_ih, {directions[d].weight_hh->size(0), p.input_size});
+  for (int d = 0; d < p.sizes.directions; ++d) {
+    p.weights[d] = weights_of(arguments, p.sizes, directions[d], type);
+    p.weights[d].weight_ih = arguments.pointer("weight_ih", directions[d].weight_ih, {directions[d].weight_hh->size(0), p.input_size}, type);
+  }
 }
 
 inline void run_forward(const ForwardParams& p) {

@@ -19,10 +19,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   z = sizes_of(op, CellKind::lstm, input, input.size(0), input.size(1), directions.size(), weight_hh, weight_hr.has_value());
   Arguments arguments(op, input.scalar_type());
   p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, reset_c, detach_mask, lengths);
-  for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
   p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, z.hidden_out});
   p.c_0 = arguments.pointer("c_0", c_0, {z.directions, z.batch, z.hidden});
-  add_input(arguments, input, directions, p);
+  add_weights_and_input(arguments, input, directions, training, p);
   const cpu::Plan plan(z, p.boundaries, false);
   p.schedule = plan.schedule();
 
@@ -58,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Shape h_shape{z.directions, z.batch, out}, c_shape{z.directions, z.batch, hidden}, c_steps{z.steps, z.batch, z.directions, hidden};
   Arguments arguments(op, c_states.scalar_type());
   p.boundaries = boundaries_of(arguments, z, reset_mask, {}, reset_c, detach_mask, lengths);
-  for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d]);
+  for (int d = 0; d < z.directions; ++d) p.weights[d] = weights_of(arguments, z, directions[d], c_states.scalar_type());
   arguments.pointer("h_0", h_0, h_shape);
   p.c_0 = arguments.pointer("c_0", c_0, c_shape);
   p.c_states = arguments.pointer("c_states", c_states, c_steps);

@@ -91,6 +91,9 @@ class Arguments {
   const void* pointer(const char* name, const MaybeTensor& tensor, const Shape& shape) {
     return tensor ? pointer(name, *tensor, shape) : nullptr;
   }
+  const void* pointer(const char* name, const MaybeTensor& tensor, const Shape& shape, ScalarType dtype) {
+    return tensor ? keep(name, *tensor, shape, dtype).const_data_ptr() : nullptr;
+  }
   // A tensor of three dimensions keeps the strides of the first two.
   const void* rows(const char* name, const Tensor& tensor, const Shape& shape, int64_t& stride_0, int64_t& stride_1) {
     const Tensor& kept = keep(name, tensor, shape, dtype_, tensor.stride(2) == 1);

@@ -61,6 +61,7 @@ struct Weights {
 
 struct ForwardParams {
   Sizes sizes;
+  bool bfloat16_weights;  // weight_ih, weight_hh and weight_hr hold bfloat16 though `dtype` is float32; not with `training`
   Boundaries boundaries;
   Schedule schedule;
   Weights weights[max_directions];

@@ -16,7 +16,8 @@ namespace hsm {
 namespace cpu {
 namespace HSM_ISA {
 
-template <class T, CellKind kind>
+// Tensors of T; the weights may be of another type, W.
+template <class T, CellKind kind, class W = T>
 class Forward {
   using A = typename Accumulator<T>::type;
   using E = typename Operand<T>::type;  // of weights, inputs and hidden states
@@ -38,7 +39,11 @@ class Forward {
     hr_depth_ = whole_lanes<E>(z_.hidden);
     out_blocks_ = z_.projection ? (out_pad_ / width + max_columns - 1) / max_columns : 0;
     const double rows = gate_count * static_cast<double>(z_.hidden) * z_.directions;
-    const double weights = rows * static_cast<double>(z_.hidden_out + p_.input_size), flops = 2 * weights * p_.schedule.slots;
+    // Weights that leave the core's own cache before they are used again. Reading one takes as long as multiplying some times with it.
+    constexpr double own_cache = 1.2e6, flops_per_far_byte = 2.6;
+    const double weights = rows * static_cast<double>(z_.hidden_out + p_.input_size), bytes = weights * sizeof(W);
+    double flops = 2 * weights * p_.schedule.slots;
+    if (bytes > own_cache && flops < flops_per_far_byte * bytes) flops = flops_per_far_byte * bytes;
     grid_ = choose_grid(threads.count, p_.schedule, max_rows, flops, rows * z_.hidden_out * sizeof(E), blocks_ * z_.directions);
     const int64_t lanes = Slots::rows_of_a_group(p_.schedule, grid_.batch_groups);
     rows_ = lanes * grid_.batch_groups;
@@ -51,8 +56,6 @@ class Forward {
     // Weights from farther than the nearest cache come slower than the sums wait for each other, and slower still from two places.
     constexpr double nearest_cache = 66e3;
     two_blocks_ = hh_packing == Packing::before && z_.hidden_out <= longest_sum && rows * z_.hidden_out * sizeof(E) <= nearest_cache * z_.directions;
-    // Weights that leave the core's own cache before they are used again.
-    constexpr double own_cache = 1.2e6;
     far_ = hh_packing == Packing::before && rows * z_.hidden_out * sizeof(E) > own_cache * static_cast<double>(grid_.unit_groups);
     ih_scratch_ = ih_packing == Packing::as_used ? gate_count * width * ih_depth_ : 0;
     const int64_t scratch = ih_scratch_ + (hh_packing == Packing::as_used ? gate_count * width * hh_depth_ : 0);
@@ -98,7 +101,7 @@ class Forward {
  private:
   // Rows of W, the gates', and the same packed in blocks of one vector of units, if that is done before the first step.
   struct Matrix {
-    const T* rows;
+    const W* rows;
     int64_t depth, packed_depth;
     Packing packing;
     E* packed;
@@ -130,7 +133,7 @@ class Forward {
 
   Matrix matrix(Arena& arena, const void* rows, int64_t depth, int64_t packed_depth, Packing packing) const {
     E* packed = packing == Packing::before ? arena.take<E>(hidden_pad_ * gate_count * packed_depth) : nullptr;
-    return {static_cast<const T*>(rows), depth, packed_depth, packing, packed};
+    return {static_cast<const W*>(rows), depth, packed_depth, packing, packed};
   }
 
   // Packing the weights takes longer than it saves for few rows of states. Without it the lanes of each sum remain to be added up,
@@ -139,6 +142,9 @@ class Forward {
   Packing choose_packing(int64_t depth, bool single_rows, bool once) const {
     constexpr int64_t depth_per_row = 18, most_rows_unpacked = 28, depth_per_single_row = 12;
     const int64_t rows = z_.steps * z_.batch;
+    // In half the bytes they come as fast as packed ones would from a near cache.
+    constexpr int64_t depth_beyond_near_cache = 192;
+    if (single_rows && sizeof(W) < sizeof(T) && depth >= depth_beyond_near_cache) return Packing::none;
     const int64_t few = single_rows ? depth / depth_per_single_row : smaller(depth / depth_per_row, most_rows_unpacked);
     if (!p_.training && rows <= larger(1, few)) return Packing::none;
     return once ? Packing::as_used : Packing::before;
@@ -185,7 +191,7 @@ class Forward {
     constexpr int outputs = max_columns * width;
     for (int v = 0; v < max_columns; ++v) {
       const int64_t u = block * outputs + v * width;
-      pack_transposed(static_cast<const T*>(p_.weights[d].weight_hr), z_.hidden, z_.hidden, u, static_cast<int>(larger(0, count(u, z_.hidden_out))),
+      pack_transposed(static_cast<const W*>(p_.weights[d].weight_hr), z_.hidden, z_.hidden, u, static_cast<int>(larger(0, count(u, z_.hidden_out))),
                       outputs, packed_hr_[d] + block * outputs * hr_depth_ + v * vector);
     }
   }
@@ -490,6 +496,9 @@ class Forward {
   E* packed_hr_[max_directions];
   ForwardPlan plan_;
 };
+
+template <class T, CellKind kind>
+using ForwardWithBFloat16Weights = Forward<T, kind, BFloat16>;
 
 }  // namespace HSM_ISA
 }  // namespace cpu

@@ -24,9 +24,15 @@ void dispatch(const Params& params, const Threads& threads, void* workspace, Vis
   }
 }
 
+template <class Visit>
+void dispatch_forward(const ForwardParams& params, const Threads& threads, void* workspace, Visit visit) {
+  if (params.bfloat16_weights) return with_cell<ForwardWithBFloat16Weights, float>(params, threads, workspace, visit);
+  dispatch<Forward>(params, threads, workspace, visit);
+}
+
 inline ForwardPlan forward_plan(const ForwardParams& params, const Threads& threads) {
   ForwardPlan plan{};
-  dispatch<Forward>(params, threads, nullptr, [&](auto& pass) { plan = pass.plan(); });
+  dispatch_forward(params, threads, nullptr, [&](auto& pass) { plan = pass.plan(); });
   return plan;
 }
 
@@ -37,7 +43,7 @@ inline size_t backward_workspace(const BackwardParams& params, const Threads& th
 }
 
 inline void run_forward(const ForwardParams& params, const Threads& threads, void* workspace) {
-  dispatch<Forward>(params, threads, workspace, [](auto& pass) { pass.run(); });
+  dispatch_forward(params, threads, workspace, [](auto& pass) { pass.run(); });
 }
 
 inline void run_backward(const BackwardParams& params, const Threads& threads, void* workspace, int64_t first, int64_t last) {

@@ -1,5 +1,7 @@
 // The kernels for x86-64 with AVX2 and FMA. The standard headers come first, so that nothing of theirs is compiled for it.
 #ifdef __x86_64__
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

@@ -340,8 +340,9 @@ template <int states, class T, class E>
 void multiply_unpacked(const E* state, int64_t state_stride, const T* w, int64_t depth, int outputs, Vector<Sum<E>> (&result)[states]) {
   using A = Sum<E>;
   constexpr int width = lanes<A>();
-  // Several rows of W share what is loaded of several states. For one state a row at a time is as fast, or faster.
-  constexpr int together = states == 1 || width < 4 ? 1 : 4;
+  // Several rows of W share what is loaded of several states. For one state a row at a time is as fast, or faster, unless its
+  // numbers are to be widened first.
+  constexpr int together = (states == 1 && sizeof(T) == sizeof(A)) || width < 4 ? 1 : 4;
   Vector<A> sums[states][width] = {};
   int j = 0;
   for (; j + together <= outputs; j += together) {

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef HSM_BFLOAT16_PAIRS
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -76,6 +76,24 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 typedef uint32_t Words __attribute__((vector_size(HSM_VECTOR_BYTES)));
 typedef uint16_t Halfwords __attribute__((vector_size(HSM_VECTOR_BYTES / 2)));
 
+// Each halfword as a word, and the low half of each word. What compilers make of a plain conversion goes in two halves.
+HSM_INLINE Words widen_bits(Halfwords x) {
+#if HSM_VECTOR_BYTES == 64
+  return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif HSM_VECTOR_BYTES == 32
+  return (Words)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Words);
+#endif
+}
+HSM_INLINE Halfwords narrow_bits(Words x) {
+#if HSM_VECTOR_BYTES == 64
+  return (Halfwords)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, Halfwords);
+#endif
+}
+
 HSM_INLINE Words choose_bits(Words condition, Words yes, Words no) { return (condition & yes) | (~condition & no); }
 
 // Conversions between a storage type and the vector that is computed with.
@@ -96,7 +114,7 @@ template <>
 struct Conversion<BFloat16> {
   using Stored = Halfwords;
   static HSM_INLINE Vector<float> widen(Stored x) {
-    return (Vector<float>)(__builtin_convertvector(x, Words) << 16);
+    return (Vector<float>)(widen_bits(x) << 16);
   }
   // To nearest, ties to even; NaN stays NaN.
   static HSM_INLINE Stored narrow(Vector<float> x) {
@@ -105,7 +123,7 @@ struct Conversion<BFloat16> {
 #else
     const Words bits = (Words)x;
     const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return __builtin_convertvector(choose_bits((Words)(x != x), (bits >> 16) | 0x40u, rounded), Halfwords);
+    return narrow_bits(choose_bits((Words)(x != x), (bits >> 16) | 0x40u, rounded));
 #endif
   }
 };
@@ -114,7 +132,7 @@ template <>
 struct Conversion<Float16> {
   using Stored = Halfwords;
   static HSM_INLINE Vector<float> widen(Stored x) {
-    const Words bits = __builtin_convertvector(x, Words), magnitude = bits & 0x7fffu;
+    const Words bits = widen_bits(x), magnitude = bits & 0x7fffu;
     // Shifting moves the exponent field over; 2^112 corrects its bias and makes subnormal numbers normal.
     const Vector<float> scaled = (Vector<float>)(magnitude << 13) * 0x1p112f;
     const Words infinite = (Words)(magnitude >= 0x7c00u) & 0x7f800000u;
@@ -129,7 +147,7 @@ struct Conversion<Float16> {
     const Words finite = choose_bits((Words)(magnitude < 0x38800000u), subnormal, normal);
     const Words overflow = choose_bits((Words)(magnitude > 0x7f800000u), Words{} + 0x7e00u, Words{} + 0x7c00u);
     const Words result = choose_bits((Words)(magnitude >= 0x47800000u), overflow, finite);
-    return __builtin_convertvector(result | ((bits >> 16) & 0x8000u), Halfwords);
+    return narrow_bits(result | ((bits >> 16) & 0x8000u));
   }
 };
 
