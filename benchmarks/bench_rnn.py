@@ -27,7 +27,7 @@ from cases import Case, Problem, check_cases, full_cases, make_problem, quick_ca
 from jax_peer import JAX
 from limits import Limits, measure_limits
 from onnx_peers import ONNX_RUNTIME, OPENVINO
-from peers import OURS, TORCH, TORCH_PEERS, Peer, Prepared
+from peers import LIGHT, OURS, TORCH, TORCH_PEERS, Peer, Prepared
 from plots import draw
 from results import (
     MEASURES,
@@ -284,16 +284,21 @@ def describe_peer(facts: dict[str, Any]) -> str:
     return "; ".join([*versions, facts["settings"]])
 
 
+def largest_difference(case: Case, peer: str) -> float:
+    """How far the results of ``peer`` may be from ours."""
+    return LARGEST_DIFFERENCE["bfloat16" if peer == LIGHT else case.dtype]
+
+
 def complain_of_differences(rows: list[Row]) -> int:
     """Name the rows whose results are not ours; 1 if there are any."""
     wrong = [
         (row.case, peer, difference)
         for row in rows
         for peer, difference in row.difference.items()
-        if not difference <= LARGEST_DIFFERENCE[row.case.dtype]
+        if not difference <= largest_difference(row.case, peer)
     ]
     for case, peer, difference in wrong:
-        limit = LARGEST_DIFFERENCE[case.dtype]
+        limit = largest_difference(case, peer)
         print(
             f"bench_rnn: {case}: {OURS} and {peer} must agree within {limit:g}, "
             f"but differ by {difference:.2g}",

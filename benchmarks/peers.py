@@ -19,6 +19,7 @@ from torch import Tensor, nn
 Call = Callable[[], tuple[Tensor, ...]]
 
 OURS = "hsm_kernels"
+LIGHT = "hsm_kernels, bfloat16 weights"
 TORCH = "torch.nn"
 TORCH_WITHOUT_ONEDNN = "torch.nn, oneDNN off"
 
@@ -104,8 +105,19 @@ def without_onednn(_: Problem | None = None) -> Iterator[None]:
         set_flags(_enabled=before, _fp32_precision=None)  # type: ignore[no-untyped-call]
 
 
+def light_peer(problem: Problem) -> Prepared | None:
+    """Our module with ``weight_dtype=torch.bfloat16``, where reading the weights is the limit."""
+    case = problem.case
+    if case.kind == "training" or case.batch != 1 or case.dtype != "float32":
+        return None
+    module = type(problem.ours)(case.hidden, case.hidden, weight_dtype=torch.bfloat16)
+    module.load_state_dict(problem.ours.state_dict())
+    return Prepared(module_call(module.eval(), problem))
+
+
 TORCH_PEERS = (
     Peer(OURS, lambda problem: Prepared(module_call(problem.ours, problem))),
     Peer(TORCH, torch_peer, settings="as it comes: oneDNN on"),
     Peer(TORCH_WITHOUT_ONEDNN, torch_peer, without_onednn, settings="oneDNN off"),
+    Peer(LIGHT, light_peer, settings="weight_dtype=torch.bfloat16; rows with N = 1"),
 )

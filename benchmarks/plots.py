@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from jax_peer import JAX
 from onnx_peers import ONNX_RUNTIME, OPENVINO
-from peers import OURS, TORCH, TORCH_WITHOUT_ONEDNN
+from peers import LIGHT, OURS, TORCH, TORCH_WITHOUT_ONEDNN
 from results import Results, Row, peer_names
 
 matplotlib.use("Agg")  # write a file; no display is needed
@@ -19,6 +19,7 @@ from matplotlib.colors import LogNorm
 # Okabe and Ito's colors, which most color-blind people can tell apart; the markers differ too.
 STYLES = {
     OURS: ("#d55e00", "o"),
+    LIGHT: ("#f0e442", "*"),
     TORCH: ("#0072b2", "s"),
     TORCH_WITHOUT_ONEDNN: ("#56b4e9", "D"),
     ONNX_RUNTIME.name: ("#009e73", "^"),
@@ -65,7 +66,7 @@ def draw_ratios(rows: list[Row], title: str) -> Any:
     """A map over H and N for each kind and length; lines for torch.nn and for the best peer."""
     against: dict[str, Callable[[Row], float | None]] = {
         TORCH: lambda row: row.ratio[TORCH].median if TORCH in row.ratio else None,
-        "best peer": lambda row: min((r.median for r in row.ratio.values()), default=None),
+        "best peer": lambda row: min((r.median for p, r in row.ratio.items() if p != LIGHT), default=None),
     }
     mapped = [row for row in rows if row.case.kind != "step"]
     columns: list[Panel] = list(dict.fromkeys((r.case.kind, r.case.length) for r in mapped))
