@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -574,14 +575,22 @@ def test_the_native_kernels_guard_their_memory(cell: str, what: str) -> None:
         case.forward()
 
 
+def cpu_flags() -> set[str]:
+    """What Linux says that the CPU can do."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
+
+
 @pytest.mark.requires_library
-@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_instruction_sets(instruction_set: str) -> None:
     """The kernels that this machine would not choose pass the same tests."""
     if os.environ.get("HSM_KERNELS_CPU_ISA"):
         pytest.skip("already runs with a chosen instruction set")
     if instruction_set == "avx512" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("the CPU has no AVX-512")
+    if instruction_set == "avx512_bf16" and "amx_bf16" not in cpu_flags():
+        pytest.skip("the CPU has no AVX512_BF16, or nothing better")
     chosen = "equals_the_reference or other_dtypes or half_precision or infinite or threads or one_step or few_rows"
     chosen += " or segments or chunks"
     environment = {**os.environ, "HSM_KERNELS_CPU_ISA": instruction_set}

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> explain_forward(Tensor input, Tensor weight_ih, Tenso
   const ForwardPlan plan = cpu::kernels().forward_plan(p, pool);
   const int64_t numbers[] = {plan.batch_groups, plan.unit_groups, static_cast<int64_t>(plan.input_packing),
                              static_cast<int64_t>(plan.state_packing), plan.chunk_sequences, plan.chunk_steps};
-  const std::string name = cpu::kernels().instruction_set;
+  const std::string name = plan.instruction_set;
   Tensor found = empty({static_cast<int64_t>(std::size(numbers))}, aoti_torch_dtype_int64());
   std::memcpy(found.mutable_data_ptr(), numbers, sizeof numbers);
   Tensor letters = empty({static_cast<int64_t>(name.size())}, aoti_torch_dtype_uint8());

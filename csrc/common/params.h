@@ -82,6 +82,7 @@ enum class Packing { none, as_used, before };
 
 // How a forward pass would run, and the workspace that it needs.
 struct ForwardPlan {
+  const char* instruction_set;
   size_t workspace_bytes;
   // Threads by sequences times threads by hidden units; the latter meet after every step.
   int64_t batch_groups, unit_groups;

@@ -32,13 +32,14 @@ class Backward {
   Backward(const BackwardParams& params, const Threads& threads, void* workspace)
       : p_(params), z_(params.sizes), at_{params.boundaries, params.sizes.steps}, threads_(threads) {
     gates_ = gate_count * static_cast<int64_t>(z_.hidden);
-    hh_depth_ = whole_lanes<E>(gates_);
-    hr_depth_ = whole_lanes<E>(z_.hidden_out);
+    hh_depth_ = filled_depth<E>(gates_);
+    hr_depth_ = filled_depth<E>(z_.hidden_out);
     hidden_pad_ = round_up(z_.hidden, width);
     out_pad_ = round_up(z_.hidden_out, width);
+    h_stride_ = larger(out_pad_, hr_depth_);
     const double rows = static_cast<double>(gates_) * z_.hidden_out * z_.directions;
     const int64_t vectors = out_pad_ / width;
-    grid_ = choose_grid(threads.count, p_.schedule, max_rows, 2 * rows * p_.schedule.slots, rows * sizeof(E), vectors * z_.directions);
+    grid_ = choose_grid(threads.count, p_.schedule, enough_rows, 2 * rows * p_.schedule.slots, rows * sizeof(E), vectors * z_.directions);
     // Blocks as wide as they can be while there is one for every worker.
     columns_ = static_cast<int>(larger(1, smaller(max_columns, vectors * z_.directions / grid_.unit_groups)));
     blocks_ = (vectors + columns_ - 1) / columns_;
@@ -56,7 +57,7 @@ class Backward {
     grad_c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
     reset_h_ = p_.grad_reset_h ? arena.take<A>(segments * out_pad_) : nullptr;
     reset_c_ = p_.grad_reset_c ? arena.take<A>(segments * hidden_pad_) : nullptr;
-    grad_h_ = arena.take<E>(z_.projection ? states * out_pad_ : 0);
+    grad_h_ = arena.take<E>(z_.projection ? states * h_stride_ : 0);
     for (int d = 0; d < z_.directions; ++d) {
       packed_[d] = arena.take<E>(blocks_ * columns_ * width * hh_depth_);
       packed_hr_[d] = arena.take<E>(hidden_blocks_ * columns_ * width * hr_depth_);
@@ -87,14 +88,14 @@ class Backward {
         pack_bias<T, kind>(p_.weights[d], z_.hidden, u, bias_ + (d * hidden_pad_ + u) * 4);
     for (int64_t row = 0; row < z_.directions * rows_; ++row) {
       for (E* operand : grad_product_) fill_up(operand + row * hh_depth_, gates_, hh_depth_);
-      if (z_.projection) fill_up(grad_h_ + row * out_pad_, z_.hidden_out, hr_depth_);
+      if (z_.projection) fill_up(grad_h_ + row * h_stride_, z_.hidden_out, hr_depth_);
     }
     walks_.start(p_.schedule, grid_, 0);
     auto sequence = [this](int64_t n) { begin_sequence(n); };
     run_items(threads_, false, z_.batch, sequence);
   }
 
-  // Zeros for what a row of operands has behind its numbers in the last lane.
+  // Zeros for what a row of operands has behind its numbers in the last lane or tile.
   void fill_up(E* row, int64_t depth, int64_t whole) const { memset(row + depth, 0, (whole - depth) * sizeof(E)); }
 
   int64_t state(int d, int64_t n) const { return d * z_.batch + n; }
@@ -106,7 +107,7 @@ class Backward {
   // The gradients that the product of round k reads, and those that round k leaves for the next.
   E* product_in(int64_t k, int d, int64_t row) const { return grad_product_[k % 2] + (d * rows_ + row) * hh_depth_; }
   E* product_out(int64_t k, int d, int64_t row) const { return grad_product_[(k + 1) % 2] + (d * rows_ + row) * hh_depth_; }
-  E* grad_h_at(int d, int64_t row) const { return grad_h_ + (d * rows_ + row) * out_pad_; }
+  E* grad_h_at(int d, int64_t row) const { return grad_h_ + (d * rows_ + row) * h_stride_; }
   // Element u at `place` of a tensor with `size` elements there that may be missing: zeros then.
   static V tensor_at(const void* tensor, int64_t place, int64_t size, int64_t u, int count) {
     return tensor ? load(static_cast<const T*>(tensor) + place * size + u, count) : V{};
@@ -168,7 +169,7 @@ class Backward {
     const bool after_projection = round % phases() == 1;
     if (k > 0 && !after_projection) walks_.advance(worker, true);
     const int64_t blocks = after_projection ? hidden_blocks_ : blocks_;
-    for_each_tile(grid_, share_of(grid_, z_.directions * blocks, worker), {0, walks_.active(worker)}, max_rows,
+    for_each_tile(grid_, share_of(grid_, z_.directions * blocks, worker), {0, walks_.active(worker)},
                   [&](int64_t item, int64_t i, int lanes) {
                     const int d = static_cast<int>(item / blocks);
                     const Walk& walk = walks_.at(worker, d);
@@ -238,7 +239,7 @@ class Backward {
   void cell_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
     alignas(64) A product[max_rows * max_columns * width];
     const int64_t outputs = columns_ * width, first = block * outputs;
-    multiply_tile(lane_count, columns_, grad_h_at(d, row), out_pad_, packed_hr_[d] + first * hr_depth_, hr_depth_, product);
+    multiply_tile(lane_count, columns_, grad_h_at(d, row), h_stride_, packed_hr_[d] + first * hr_depth_, hr_depth_, product);
     for (int r = 0; r < lane_count; ++r)
       for (int64_t u = first; u < smaller(first + outputs, hidden_pad_); u += width)
         compute_units(k, d, lanes[r], row + r, u, load(product + r * outputs + (u - first)));
@@ -329,8 +330,9 @@ class Backward {
   Walks walks_;
   int64_t rows_;                    // of states, in each direction
   int64_t gates_;                   // G * H: what the recurrent product sums over
-  int64_t hh_depth_, hr_depth_;     // of the recurrent product and of the projection's, in whole lanes
+  int64_t hh_depth_, hr_depth_;     // of the recurrent product and of the projection's, filled up
   int64_t hidden_pad_, out_pad_;    // sizes in whole vectors
+  int64_t h_stride_;                // of grad_h
   int columns_;                     // vectors in a block of outputs
   int64_t blocks_, hidden_blocks_;  // of hidden (or projected) units; of hidden units behind a projection
   A* bias_;                         // (D, blocks of one vector, 4, width), where the gates are computed again
@@ -339,7 +341,7 @@ class Backward {
   A* grad_c_;                       // (D, rows, hidden_pad); LSTM
   A* reset_h_;                      // (D, segments, out_pad): what each segment sends to the reset state, zero without a reset
   A* reset_c_;                      // (D, segments, hidden_pad); LSTM
-  E* grad_h_;                       // (D, rows, out_pad): with a projection, of the step's h
+  E* grad_h_;                       // (D, rows, h_stride): with a projection, of the step's h
   E* packed_[max_directions];
   E* packed_hr_[max_directions];
   size_t workspace_bytes_;

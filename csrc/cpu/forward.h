@@ -34,9 +34,11 @@ class Forward {
     hidden_pad_ = round_up(z_.hidden, width);
     out_pad_ = round_up(z_.hidden_out, width);
     blocks_ = hidden_pad_ / width;
-    ih_depth_ = whole_lanes<E>(p_.input_size);
-    hh_depth_ = whole_lanes<E>(z_.hidden_out);
-    hr_depth_ = whole_lanes<E>(z_.hidden);
+    ih_depth_ = filled_depth<E>(p_.input_size);
+    hh_depth_ = filled_depth<E>(z_.hidden_out);
+    hr_depth_ = filled_depth<E>(z_.hidden);
+    h_stride_ = larger(out_pad_, hh_depth_);
+    m_stride_ = larger(hidden_pad_, hr_depth_);
     out_blocks_ = z_.projection ? (out_pad_ / width + max_columns - 1) / max_columns : 0;
     const double rows = gate_count * static_cast<double>(z_.hidden) * z_.directions;
     // Weights that leave the core's own cache before they are used again. Reading one takes as long as multiplying some times with it.
@@ -44,7 +46,7 @@ class Forward {
     const double weights = rows * static_cast<double>(z_.hidden_out + p_.input_size), bytes = weights * sizeof(W);
     double flops = 2 * weights * p_.schedule.slots;
     if (bytes > own_cache && flops < flops_per_far_byte * bytes) flops = flops_per_far_byte * bytes;
-    grid_ = choose_grid(threads.count, p_.schedule, max_rows, flops, rows * z_.hidden_out * sizeof(E), blocks_ * z_.directions);
+    grid_ = choose_grid(threads.count, p_.schedule, enough_rows, flops, rows * z_.hidden_out * sizeof(E), blocks_ * z_.directions);
     const int64_t lanes = Slots::rows_of_a_group(p_.schedule, grid_.batch_groups);
     rows_ = lanes * grid_.batch_groups;
     choose_chunk(lanes);
@@ -55,8 +57,9 @@ class Forward {
     if (hh_packing != Packing::before) grid_.rows_outside = false;
     // Weights from farther than the nearest cache come slower than the sums wait for each other, and slower still from two places.
     constexpr double nearest_cache = 66e3;
-    two_blocks_ = hh_packing == Packing::before && z_.hidden_out <= longest_sum && rows * z_.hidden_out * sizeof(E) <= nearest_cache * z_.directions;
-    far_ = hh_packing == Packing::before && rows * z_.hidden_out * sizeof(E) > own_cache * static_cast<double>(grid_.unit_groups);
+    const bool packed_before = !multiplies_tiles && hh_packing == Packing::before;
+    two_blocks_ = packed_before && z_.hidden_out <= longest_sum && rows * z_.hidden_out * sizeof(E) <= nearest_cache * z_.directions;
+    far_ = packed_before && rows * z_.hidden_out * sizeof(E) > own_cache * static_cast<double>(grid_.unit_groups);
     ih_scratch_ = ih_packing == Packing::as_used ? gate_count * width * ih_depth_ : 0;
     const int64_t scratch = ih_scratch_ + (hh_packing == Packing::as_used ? gate_count * width * hh_depth_ : 0);
     Arena arena(workspace);
@@ -72,15 +75,15 @@ class Forward {
       if (chunk.lanes) chunks_[worker] = chunk;
     }
     bias_ = arena.take<A>(z_.directions * 4 * hidden_pad_);
-    for (E*& h : h_) h = arena.take<E>(states * out_pad_);
+    for (E*& h : h_) h = arena.take<E>(states * h_stride_);
     c_ = arena.take<A>(is_lstm ? states * hidden_pad_ : 0);
-    m_ = arena.take<E>(z_.projection ? states * hidden_pad_ : 0);
+    m_ = arena.take<E>(z_.projection ? states * m_stride_ : 0);
     for (int d = 0; d < z_.directions; ++d) {
       ih_[d] = matrix(arena, p_.weights[d].weight_ih, p_.input_size, ih_depth_, ih_packing);
       hh_[d] = matrix(arena, p_.weights[d].weight_hh, z_.hidden_out, hh_depth_, hh_packing);
       packed_hr_[d] = arena.take<E>(z_.projection ? out_blocks_ * max_columns * width * hr_depth_ : 0);
     }
-    plan_ = {arena.used(), grid_.batch_groups, grid_.unit_groups, ih_packing, hh_packing, chunk_lanes_, chunk_rounds_};
+    plan_ = {instruction_set, arena.used(), grid_.batch_groups, grid_.unit_groups, ih_packing, hh_packing, chunk_lanes_, chunk_rounds_};
   }
 
   const ForwardPlan& plan() const { return plan_; }
@@ -120,10 +123,10 @@ class Forward {
 
   int phases() const { return z_.projection ? 2 : 1; }
   int count(int64_t u, int64_t size) const { return static_cast<int>(smaller(width, size - u)); }
-  E* h_now(int64_t k, int d, int64_t row) const { return h_[k % 2] + (d * rows_ + row) * out_pad_; }
-  E* h_next(int64_t k, int d, int64_t row) const { return h_[(k + 1) % 2] + (d * rows_ + row) * out_pad_; }
+  E* h_now(int64_t k, int d, int64_t row) const { return h_[k % 2] + (d * rows_ + row) * h_stride_; }
+  E* h_next(int64_t k, int d, int64_t row) const { return h_[(k + 1) % 2] + (d * rows_ + row) * h_stride_; }
   A* c_at(int d, int64_t row) const { return c_ + (d * rows_ + row) * hidden_pad_; }
-  E* m_at(int d, int64_t row) const { return m_ + (d * rows_ + row) * hidden_pad_; }
+  E* m_at(int d, int64_t row) const { return m_ + (d * rows_ + row) * m_stride_; }
   const A* bias_at(int d, int64_t u) const { return bias_ + (d * hidden_pad_ + u) * 4; }
   int64_t place(int64_t t, int d, int64_t n) const { return (t * z_.batch + n) * z_.directions + d; }
   // Elements u.. of sequence n in a (D, N, size) tensor that may be missing: zeros then.
@@ -146,14 +149,14 @@ class Forward {
     constexpr int64_t depth_beyond_near_cache = 192;
     if (single_rows && sizeof(W) < sizeof(T) && depth >= depth_beyond_near_cache) return Packing::none;
     const int64_t few = single_rows ? depth / depth_per_single_row : smaller(depth / depth_per_row, most_rows_unpacked);
-    if (!p_.training && rows <= larger(1, few)) return Packing::none;
+    if (!multiplies_tiles && !p_.training && rows <= larger(1, few)) return Packing::none;
     return once ? Packing::as_used : Packing::before;
   }
 
   // As many rounds as the near cache holds the input's product of, or one round of a part of the lanes. A single round had better be
   // in one piece, as then the weights need not be packed first.
   void choose_chunk(int64_t lanes) {
-    constexpr int64_t fewest_rows = 8 * max_rows;  // fewer rows make too little of a load of the weights
+    constexpr int64_t fewest_rows = smaller(8 * max_rows, 64);  // fewer rows make too little of a load of the weights
     const int64_t bytes = p_.schedule.rounds == 1 ? 1024e3 : 256e3;
     share_ = (z_.directions * blocks_ + grid_.unit_groups - 1) / grid_.unit_groups;
     const int64_t fitting = bytes / (share_ * 4 * width * static_cast<int64_t>(sizeof(A)));
@@ -203,8 +206,13 @@ class Forward {
       const int64_t row = walk.first_row + i;
       for (int64_t u = 0; u < out_pad_; u += width) store(entering_h(d, lane.segment, lane.end, u), h_now(0, d, row) + u);
       for (int64_t u = 0; is_lstm && u < hidden_pad_; u += width) store(entering_c(d, lane.segment, lane.end, u), c_at(d, row) + u);
+      for (E* h : {h_now(0, d, row), h_next(0, d, row)}) fill_up(h, out_pad_, h_stride_);
+      if (z_.projection) fill_up(m_at(d, row), hidden_pad_, m_stride_);
     }
   }
+
+  // Zeros for what products read of a row behind its whole vectors.
+  static void fill_up(E* row, int64_t written, int64_t stride) { memset(row + written, 0, (stride - written) * sizeof(E)); }
 
   // The state that enters a segment; zeros behind the slot's end.
   V entering_h(int d, const Segment* segment, const Segment* end, int64_t u) const {
@@ -258,7 +266,7 @@ class Forward {
         compute_lane(k, worker, items, first, chunk.starts + (first_row + first) * 4 * width);
         continue;
       }
-      for_each_tile(grid_, items, lanes, max_rows, [&](int64_t item, int64_t i, int rows) {
+      for_each_tile(grid_, items, lanes, [&](int64_t item, int64_t i, int rows) {
         const int d = static_cast<int>(item / blocks_);
         const int64_t u = item % blocks_ * width;
         const Walk& walk = walks_.at(worker, d);
@@ -282,8 +290,10 @@ class Forward {
       A* starts = chunk.starts + (item - items.begin) * chunk_rows_ * 4 * width;
       const int64_t u = item % blocks_ * width;
       const E* packed = packed_block(ih_[d], u, chunk.scratch);
-      for (int64_t row = 0; row < rows.end; row += max_rows)
-        start_rows(d, u, static_cast<int>(smaller(max_rows, rows.end - row)), packed, input + row * ih_depth_, starts + row * 4 * width);
+      for (int64_t row = 0, count; row < rows.end; row += count) {
+        count = rows_at_once(rows.end - row);
+        start_rows(d, u, static_cast<int>(count), packed, input + row * ih_depth_, starts + row * 4 * width);
+      }
     }
   }
 
@@ -351,9 +361,9 @@ class Forward {
     alignas(64) A product[max_rows * gate_count * width];
     const Start<A> start{starts, 4 * width};
     if (far_ && lane_count <= most_waiting_rows) {
-      multiply_far_block<E, gate_count>(lane_count, start, h_now(k, d, row), out_pad_, 1, packed, hh_[d].depth, product);
+      multiply_far_block<E, gate_count>(lane_count, start, h_now(k, d, row), h_stride_, 1, packed, hh_[d].depth, product);
     } else {
-      multiply(hh_[d], u, packed, lane_count, start, h_now(k, d, row), out_pad_, product);
+      multiply(hh_[d], u, packed, lane_count, start, h_now(k, d, row), h_stride_, product);
     }
     finish_tile(k, d, lanes, lane_count, row, u, product, starts);
   }
@@ -397,10 +407,10 @@ class Forward {
     }
   }
 
-  // Units that a product reads in whole lanes: zero behind the last, where products with zeros may have left NaN.
+  // Units that a product reads in whole lanes or tiles: zero behind the last, where products with zeros may have left NaN.
   HSM_INLINE void store_operand(V values, E* to, int units) {
     store(values, to);
-    if (units % Multiplication<E>::per_lane != 0) to[units] = E{};
+    for (int unit = units; unit < smaller(filled_depth<E>(units), width); ++unit) to[unit] = E{};
   }
 
   V lstm_units(int d, const Lane& lane, int64_t row, int64_t u, const A* product) {
@@ -452,7 +462,7 @@ class Forward {
   }
 
   void project_round(int64_t k, int64_t worker) {
-    for_each_tile(grid_, share_of(grid_, z_.directions * out_blocks_, worker), {0, walks_.active(worker)}, max_rows,
+    for_each_tile(grid_, share_of(grid_, z_.directions * out_blocks_, worker), {0, walks_.active(worker)},
                   [&](int64_t item, int64_t i, int rows) {
                     const int d = static_cast<int>(item / out_blocks_);
                     const Walk& walk = walks_.at(worker, d);
@@ -463,7 +473,7 @@ class Forward {
   void project_tile(int64_t k, int d, const Lane* lanes, int lane_count, int64_t row, int64_t block) {
     constexpr int outputs = max_columns * width;
     alignas(64) A product[max_rows * outputs];
-    multiply_block<E, max_columns>(lane_count, {}, m_at(d, row), hidden_pad_, 1, packed_hr_[d] + block * outputs * hr_depth_, z_.hidden,
+    multiply_block<E, max_columns>(lane_count, {}, m_at(d, row), m_stride_, 1, packed_hr_[d] + block * outputs * hr_depth_, z_.hidden,
                                    product);
     for (int r = 0; r < lane_count; ++r)
       for (int64_t u = block * outputs; u < smaller((block + 1) * outputs, out_pad_); u += width)
@@ -480,15 +490,16 @@ class Forward {
   Walks walks_;
   int64_t rows_;                  // of states, in each direction
   int64_t hidden_pad_, out_pad_;  // sizes in whole vectors
-  int64_t ih_depth_, hh_depth_, hr_depth_;  // of the three products, in whole lanes
+  int64_t ih_depth_, hh_depth_, hr_depth_;  // of the three products, filled up
+  int64_t h_stride_, m_stride_;             // of their states: whole vectors, filled up
   int64_t blocks_, out_blocks_;   // of hidden units, one vector each; of projected units, max_columns vectors each
   int64_t share_;                 // the most blocks, of all directions, that one worker has
   int64_t chunk_lanes_, chunk_rounds_, chunk_rows_;  // the last is their product
   Chunk* chunks_;                 // of each worker
   A* bias_;                       // (D, blocks, 4, width)
-  E* h_[2];                       // (D, rows, out_pad): what enters even and odd rounds
+  E* h_[2];                       // (D, rows, h_stride): what enters even and odd rounds
   A* c_;                          // (D, rows, hidden_pad)
-  E* m_;                          // (D, rows, hidden_pad): hidden state before the projection
+  E* m_;                          // (D, rows, m_stride): hidden state before the projection
   int64_t ih_scratch_;            // of Chunk::scratch, what W_ih's block takes
   bool far_;                      // whether the packed recurrent weights come from far away at each step
   bool two_blocks_;               // whether a lane that is alone takes two of their blocks at a time

@@ -81,9 +81,7 @@ inline void run_row_sum(const RowSumParams& params) {
   }
 }
 
-#define HSM_STRING_(name) #name
-#define HSM_STRING(name) HSM_STRING_(name)
-const Kernels table = {HSM_STRING(HSM_ISA), forward_plan, run_forward, backward_workspace, run_backward, workspace_of_product, run_product, run_row_sum};
+const Kernels table = {{instruction_set, forward_plan, run_forward, backward_workspace, run_backward}, workspace_of_product, run_product, run_row_sum};
 
 }  // namespace HSM_ISA
 }  // namespace cpu

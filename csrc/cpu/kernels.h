@@ -11,19 +11,22 @@ namespace cpu {
 
 // Each pass first says how many bytes of workspace it needs for the same parameters and threads. The workspace must be
 // aligned to 64 bytes; its contents do not matter.
-struct Kernels {
+struct Passes {
   const char* instruction_set;
   ForwardPlan (*forward_plan)(const ForwardParams&, const Threads&);
   void (*forward)(const ForwardParams&, const Threads&, void* workspace);
   size_t (*backward_workspace)(const BackwardParams&, const Threads&);
   // Rounds [first, last) of one more than the schedule has. The first call begins with round 0; the workspace keeps the state.
   void (*backward)(const BackwardParams&, const Threads&, void* workspace, int64_t first, int64_t last);
+};
+
+struct Kernels : Passes {
   size_t (*product_workspace)(const ProductParams&, const Threads&);
   void (*product)(const ProductParams&, const Threads&, void* workspace);
   void (*row_sum)(const RowSumParams&);
 };
 
-// The best kernels for this machine, or those that HSM_KERNELS_CPU_ISA=portable|avx2|avx512|avx512_bf16 names. Throws if they cannot run.
+// The best kernels for this machine, or those that HSM_KERNELS_CPU_ISA names. Throws if they cannot run.
 const Kernels& kernels();
 
 // Whether Kernels::product is faster than torch's own product, which is MKL's on x86-64: on CPUs of other makers than Intel MKL
@@ -45,11 +48,15 @@ extern const Kernels table;
 #if !defined(__clang__) || __clang_major__ >= 14
 #define HSM_HAS_AVX512_BF16
 namespace avx512_bf16 {
-ForwardPlan bfloat16_forward_plan(const ForwardParams&, const Threads&);
-void bfloat16_forward(const ForwardParams&, const Threads&, void* workspace);
-size_t bfloat16_backward_workspace(const BackwardParams&, const Threads&);
-void bfloat16_backward(const BackwardParams&, const Threads&, void* workspace, int64_t first, int64_t last);
-}  // namespace avx512_bf16
+extern const Passes bfloat16_passes;
+}
+// The build says so where the compiler, or its assembler, does not know these.
+#ifndef HSM_WITHOUT_AMX
+#define HSM_HAS_AMX
+namespace amx_bf16 {
+extern const Passes bfloat16_passes;
+}
+#endif
 #endif
 #endif
 

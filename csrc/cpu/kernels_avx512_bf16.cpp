@@ -20,37 +20,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 #endif
-#include "cpu/backward.h"
-#include "cpu/dispatch.h"
-#include "cpu/forward.h"
-
-namespace hsm {
-namespace cpu {
-namespace avx512_bf16 {
-
-ForwardPlan bfloat16_forward_plan(const ForwardParams& params, const Threads& threads) {
-  ForwardPlan plan{};
-  with_cell<Forward, BFloat16>(params, threads, nullptr, [&](auto& pass) { plan = pass.plan(); });
-  return plan;
-}
-
-void bfloat16_forward(const ForwardParams& params, const Threads& threads, void* workspace) {
-  with_cell<Forward, BFloat16>(params, threads, workspace, [](auto& pass) { pass.run(); });
-}
-
-size_t bfloat16_backward_workspace(const BackwardParams& params, const Threads& threads) {
-  size_t bytes = 0;
-  with_cell<Backward, BFloat16>(params, threads, nullptr, [&](auto& pass) { bytes = pass.workspace_bytes(); });
-  return bytes;
-}
-
-void bfloat16_backward(const BackwardParams& params, const Threads& threads, void* workspace, int64_t first, int64_t last) {
-  with_cell<Backward, BFloat16>(params, threads, workspace, [=](auto& pass) { pass.run(first, last); });
-}
-
-}  // namespace avx512_bf16
-}  // namespace cpu
-}  // namespace hsm
+#include "cpu/instantiate_bfloat16.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else

@@ -5,28 +5,47 @@
 //
 // Where an instruction multiplies pairs of small numbers and adds both products to one sum, a lane holds a pair: of two rows of
 // W for the same output, or of two neighbours in a row of states. An odd depth is filled up with zero, in W and in the states.
+// Where instructions multiply tiles, the depth of a tile is filled up so.
 #pragma once
 
 #include <utility>
 
 #include "cpu/simd.h"
+#ifdef HSM_BFLOAT16_TILES
+#include "cpu/tile_product.h"
+#endif
 
 namespace hsm {
 namespace cpu {
 namespace HSM_ISA {
 
 // Rows that share one pass over the weights: accumulators, weights and one broadcast value must fit the registers.
-#if HSM_VECTOR_REGISTERS >= 32
-constexpr int max_rows = 6;
+#ifdef HSM_BFLOAT16_TILES
+constexpr int max_rows = 2 * tile_rows, enough_rows = tile_rows;
+#elif HSM_VECTOR_REGISTERS >= 32
+constexpr int max_rows = 6, enough_rows = max_rows;
 #else
-constexpr int max_rows = 2;
+constexpr int max_rows = 2, enough_rows = max_rows;
 #endif
 constexpr int max_columns = 4;
+
+#ifdef HSM_BFLOAT16_TILES
+constexpr bool multiplies_tiles = true;
+#else
+constexpr bool multiplies_tiles = false;
+struct TileUse {};
+#endif
+
+// How many of `left` rows to multiply at once. Where there are enough, no remainder is smaller than a tile: 33 rows are 17 and 16.
+inline int rows_at_once(int64_t left) {
+  if (multiplies_tiles && left > max_rows && left < max_rows + enough_rows) return static_cast<int>(left - enough_rows);
+  return static_cast<int>(smaller(left, max_rows));
+}
 
 // How operands kept as E are multiplied: one of them in a lane.
 template <class E>
 struct Multiplication {
-  static constexpr int per_lane = 1;
+  static constexpr int per_lane = 1, depth_step = per_lane;  // depths are whole steps
   // What is in one lane of the states, for all lanes.
   static HSM_INLINE E spread(const E* state) { return *state; }
   template <class T>
@@ -49,7 +68,7 @@ struct Multiplication {
 // numbers for zero, in operands and sums, whatever the thread's mode.
 template <>
 struct Multiplication<BFloat16> {
-  static constexpr int per_lane = 2;
+  static constexpr int per_lane = 2, depth_step = multiplies_tiles ? 16 * per_lane : per_lane;
   static HSM_INLINE Vector<float> spread(const BFloat16* state) {
     int pair;
     memcpy(&pair, state, sizeof pair);
@@ -75,10 +94,10 @@ struct Multiplication<BFloat16> {
 };
 #endif
 
-// Numbers that lie in `depth` numbers and what fills up the last lane.
+// The length of `depth` numbers and of the zeros that fill them up.
 template <class E>
-constexpr int64_t whole_lanes(int64_t depth) {
-  return round_up(depth, Multiplication<E>::per_lane);
+constexpr int64_t filled_depth(int64_t depth) {
+  return round_up(depth, Multiplication<E>::depth_step);
 }
 
 // What operands kept as E are summed in.
@@ -155,8 +174,11 @@ void multiply_far_block(
 }
 
 template <class E, int columns>
-void multiply_block(
-    int rows, Start<Sum<E>> start, const E* state, int64_t row_stride, int64_t depth_stride, const E* packed, int64_t depth, Sum<E>* result) {
+void multiply_block(int rows, Start<Sum<E>> start, const E* state, int64_t row_stride, [[maybe_unused]] int64_t depth_stride, const E* packed,
+                    int64_t depth, Sum<E>* result) {
+#ifdef HSM_BFLOAT16_TILES
+  return multiply_block_by_tiles<columns>(rows, start.data, start.row_stride, state, row_stride, packed, depth, result);
+#else
   static_assert(max_rows <= 6, "the switch below lists every number of rows");
   switch (rows) {
     case 1: return multiply_rows<E, 1, columns>(start, state, row_stride, depth_stride, packed, depth, result);
@@ -168,6 +190,7 @@ void multiply_block(
     case 6: return multiply_rows<E, 6, columns>(start, state, row_stride, depth_stride, packed, depth, result);
 #endif
   }
+#endif
 }
 
 // One row of states times two packed blocks of no more than `longest_sum`: the sums of one block alone would wait for each other.
@@ -271,7 +294,7 @@ void pack_transposed(const T* w, int64_t row_stride, int64_t depth, int64_t firs
     transpose<A>(square);
 #pragma GCC unroll 16
     for (int c = 0; c < width; ++c)
-      if (c * By::per_lane < columns) memcpy(packed + (k + c * By::per_lane) * stride, &square[c], sizeof square[c]);
+      if (k + c * By::per_lane < filled_depth<E>(depth)) memcpy(packed + (k + c * By::per_lane) * stride, &square[c], sizeof square[c]);
   }
 }
 
@@ -282,12 +305,12 @@ void pack_straight(const T* w, int64_t row_stride, int64_t outputs, int64_t dept
   using A = Sum<E>;
   using By = Multiplication<E>;
   constexpr int width = lanes<A>();
-  for (int64_t k = 0; k < depth; k += By::per_lane)
+  for (int64_t k = 0; k < filled_depth<E>(depth); k += By::per_lane)
     for (int v = 0; v < columns; ++v) {
       const int64_t at = first + v * width;
       Vector<A> vector{};
       const int count = static_cast<int>(smaller(width, outputs - at));
-      if (count > 0) vector = By::load_rows(w + k * row_stride + at, row_stride, depth - k, count);
+      if (count > 0 && k < depth) vector = By::load_rows(w + k * row_stride + at, row_stride, depth - k, count);
       memcpy(packed + (k * columns + v * By::per_lane) * width, &vector, sizeof vector);
     }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/segments.h"
+#include "cpu/matrix_tile.h"
 #include "cpu/simd.h"
 #include "cpu/threads.h"
 
@@ -143,14 +144,18 @@ inline Range share_of(const Grid& grid, int64_t items, int64_t worker) {
 
 // Calls visit(item, first lane, lanes) for the tiles of some items and lanes.
 template <class Visit>
-void for_each_tile(const Grid& grid, const Range& items, const Range& lanes, int64_t lanes_per_tile, Visit visit) {
-  const auto visit_tile = [&](int64_t item, int64_t i) { visit(item, i, static_cast<int>(smaller(lanes_per_tile, lanes.end - i))); };
+void for_each_tile(const Grid& grid, const Range& items, const Range& lanes, Visit visit) {
   if (grid.rows_outside) {
-    for (int64_t i = lanes.begin; i < lanes.end; i += lanes_per_tile)
-      for (int64_t item = items.begin; item < items.end; ++item) visit_tile(item, i);
+    for (int64_t i = lanes.begin, count; i < lanes.end; i += count) {
+      count = rows_at_once(lanes.end - i);
+      for (int64_t item = items.begin; item < items.end; ++item) visit(item, i, static_cast<int>(count));
+    }
   } else {
     for (int64_t item = items.begin; item < items.end; ++item)
-      for (int64_t i = lanes.begin; i < lanes.end; i += lanes_per_tile) visit_tile(item, i);
+      for (int64_t i = lanes.begin, count; i < lanes.end; i += count) {
+        count = rows_at_once(lanes.end - i);
+        visit(item, i, static_cast<int>(count));
+      }
   }
 }
 
@@ -204,6 +209,7 @@ struct RoundShare {
 
   // What the thread of workers [begin, end) does.
   void operator()(int64_t begin, int64_t end) {
+    [[maybe_unused]] const TileUse tiles;
     const int64_t members = grid.unit_groups;
     if (members == 1) {
       // Nobody meets: a worker goes through all its rounds alone. Those that nobody has begun by then are taken over.

@@ -12,10 +12,14 @@
 #endif
 
 #define HSM_INLINE inline __attribute__((always_inline))
+#define HSM_STRING_(name) #name
+#define HSM_STRING(name) HSM_STRING_(name)
 
 namespace hsm {
 namespace cpu {
 namespace HSM_ISA {
+
+constexpr char instruction_set[] = HSM_STRING(HSM_ISA);
 
 // Storage types: arithmetic is done in float.
 struct BFloat16 {
