@@ -53,12 +53,14 @@ def torch_root() -> Path:
     raise toolchain.Unavailable("torch is not installed here; install it first, or use --no-build-isolation if it is")
 
 
-def build(sources: description.Description, work: Path, output: Path) -> toolchain.Compiler:
-    """Compile with what this machine has. Returns the compiler that was used."""
+def build(
+    sources: description.Description, work: Path, output: Path
+) -> tuple[toolchain.Compiler, description.Description]:
+    """Compile with what this machine has. Returns the compiler that was used, and what it built."""
     compiler = toolchain.find_compiler(os.environ)
     torch = toolchain.torch_files(torch_root())
-    compilation.build_library(sources, compiler, torch, work=work, output=output, environ=os.environ)
-    return compiler
+    built = compilation.build_library(sources, compiler, torch, work=work, output=output, environ=os.environ)
+    return compiler, built
 
 
 def why_not() -> str | None:
@@ -101,13 +103,14 @@ class BuildLibrary(build_ext):
         for folder in (output.parent, work):
             folder.mkdir(parents=True, exist_ok=True)
         try:
-            compiler = build(sources, work, output)
+            compiler, built = build(sources, work, output)
         except compilation.CompileError as error:
             hint = "HSM_KERNELS_BUILD=none installs without the native library"
             sys.exit(f"{error.log}\nhsm_kernels: the C++ compiler failed: {error}\n{hint}")
         record = {
             "digest": sources.digest(),
-            "flags": sources.flags,
+            "flags": built.flags,
+            "left_out": built.left_out,
             "compiler": f"{Path(compiler.command[0]).name} {compiler.version()}",
         }
         output.with_suffix(".json").write_text(json.dumps(record, indent=1))

@@ -128,7 +128,7 @@ def _info(
         compiler=record.get("compiler"),
         flags=tuple(record.get("flags", ())),
         cache_directory=library.parent.parent if library and how == "just in time" else None,
-        reasons=tuple(reasons),
+        reasons=(*reasons, *record.get("left_out", ())),
     )
 
 

@@ -93,6 +93,25 @@ def test_second_import_builds_nothing(site: Path, home: Path, compiler: FakeComp
 
 
 @needs_compiler
+@pytest.mark.parametrize("known", [True, False])
+def test_kernels_whose_instructions_the_compiler_does_not_know(
+    site: Path, home: Path, compiler: FakeCompiler, known: bool
+) -> None:
+    """They are left out, and that is said each time; everything else is built."""
+    if not known:
+        says = "echo 'Assembler messages:'; echo '3: Error: no such instruction'"
+        compiler.misbehave(f'case "$*" in *probe-amx*) {says}; exit 1;; esac')
+    source = site / "hsm_kernels" / "csrc" / "cpu" / "kernels_amx_bf16.cpp"
+    source.write_text(f"#if{'' if known else 'n'}def HSM_WITHOUT_AMX\n#error wrong\n#endif\n")
+    environ = environment(site, home, CXX=str(compiler.script))
+    for child in (Child(environ), Child(environ)):
+        assert child.report["how"] == "just in time"
+        assert answer(child.library) == 42
+        assert ("amx_bf16: left out" in child.reasons) == (not known)
+        assert ("no such instruction" in child.reasons) == (not known)
+
+
+@needs_compiler
 def test_eight_processes_build_once(site: Path, home: Path, compiler: FakeCompiler) -> None:
     # The compiler takes so long that all of them find the build under way.
     compiler.misbehave("sleep 8")

@@ -1,5 +1,6 @@
 """Runs the compiler: one process per source, several at a time, then one to link."""
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -8,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import toolchain
-from .description import Description
+from .description import OPTIONAL_KERNELS, Description
 
-_ERROR_LINE = re.compile(r"\berror: |\bundefined reference\b|\bcannot find\b")
+_ERROR_LINE = re.compile(r"\b[Ee]rror: |\bundefined reference\b|\bcannot find\b")
 
 
 class CompileError(RuntimeError):
@@ -29,10 +30,14 @@ def build_library(
     work: Path,
     output: Path,
     environ: Mapping[str, str],
-) -> None:
-    """Compile and link ``description`` into the file ``output``; object files go to ``work``."""
+) -> Description:
+    """Compile and link ``description`` into the file ``output``; object files go to ``work``.
+
+    Returns what was built: kernels that the compiler does not know are left out.
+    """
     if not description.sources:
         raise toolchain.Unavailable(f"there are no C++ sources in {description.root}")
+    description = _without_unknown_kernels(description, compiler, work, environ)
     # -isystem: the warnings of torch's headers are not ours.
     includes = ["-I", str(description.root), "-isystem", str(torch.include)]
     if description.needs_python_headers:
@@ -49,6 +54,27 @@ def build_library(
     link_command = [*compiler.command, *description.link_flags, *objects.values(), f"-L{torch.lib}"]
     libraries = [f"-l{name}" for name in description.libraries]
     _raise_first_error([_run([*link_command, *libraries, "-o", str(output)], environ)])
+    return description
+
+
+def _without_unknown_kernels(
+    description: Description, compiler: toolchain.Compiler, work: Path, environ: Mapping[str, str]
+) -> Description:
+    for kernels in OPTIONAL_KERNELS:
+        if kernels.source not in description.sources:
+            continue
+        probe = work / f"probe-{kernels.name}.cpp"
+        probe.write_text(kernels.probe)
+        try:
+            _raise_first_error([_run([*compiler.command, "-c", str(probe), "-o", f"{probe}.o"], environ)])
+        except CompileError as error:
+            reason = f"{kernels.name}: left out, as the C++ compiler does not know its instructions: {error}"
+            description = dataclasses.replace(
+                description,
+                compile_flags=(*description.compile_flags, kernels.without),
+                left_out=(*description.left_out, reason),
+            )
+    return description
 
 
 def _run(command: list[str], environ: Mapping[str, str]) -> tuple[int, str]:

@@ -37,6 +37,33 @@ LIBRARIES = ("torch_cpu",)
 
 
 @dataclass(frozen=True)
+class OptionalKernels:
+    """Kernels whose instructions some compilers, or their assemblers, do not know."""
+
+    name: str
+    source: str
+    probe: str  #: what such a compiler fails at
+    without: str  #: the flag that leaves them out
+
+
+OPTIONAL_KERNELS = (
+    OptionalKernels(
+        "amx_bf16",
+        "cpu/kernels_amx_bf16.cpp",
+        """
+        #ifdef __x86_64__
+        __attribute__((target("amx-tile,amx-bf16"))) void probe() {
+          __asm__ volatile("tileloadd (%0,%1,1), %%tmm0" : : "r"(0L), "r"(0L));
+          __asm__ volatile("tdpbf16ps %tmm2, %tmm1, %tmm0");
+        }
+        #endif
+        """,
+        "-DHSM_WITHOUT_AMX",
+    ),
+)
+
+
+@dataclass(frozen=True)
 class Description:
     """One native library: its files, relative to ``root``, and its flags."""
 
@@ -46,6 +73,8 @@ class Description:
     compile_flags: tuple[str, ...] = COMPILE_FLAGS
     link_flags: tuple[str, ...] = LINK_FLAGS
     libraries: tuple[str, ...] = LIBRARIES
+    #: Why some of the kernels are left out.
+    left_out: tuple[str, ...] = ()
 
     @property
     def needs_python_headers(self) -> bool:

@@ -112,7 +112,6 @@ def _build_once(
         _raise_remembered_failure(request, directory, key)
         record = {
             "digest": request.description.digest(),
-            "flags": list(request.description.flags),
             "compiler": f"{Path(compiler.command[0]).name} {version}",
             "torch": request.torch_version,
             "built": time.time(),
@@ -139,7 +138,7 @@ def _build(
         work = stack.enter_context(cache.build_folder(directory))
         result = work / "result"
         result.mkdir()
-        compilation.build_library(
+        built = compilation.build_library(
             request.description,
             compiler,
             torch,
@@ -148,7 +147,8 @@ def _build(
             environ=request.environ,
         )
         seconds = round(time.monotonic() - start, 1)
-        entry = cache.publish(directory, key, result, {**record, "seconds": seconds})
+        record |= {"flags": list(built.flags), "left_out": list(built.left_out), "seconds": seconds}
+        entry = cache.publish(directory, key, result, record)
     cache.forget_failure(directory, key)
     return entry
 
