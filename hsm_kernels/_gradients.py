@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ._recurrences import following
 from .reference import Weights, valid_steps
 
 
@@ -39,10 +40,10 @@ def previous_states(
     # crossed[t]: the state that entered step t came over an edge of the sequence, not from `initial`.
     crossed = valid_steps(num_steps, batch, lengths, states.device)
     if reverse:
-        crossed = _edges_of_reverse(crossed)
+        crossed = following(crossed)
         entering = torch.where(crossed[..., None], entering, 0 if initial is None else initial)
     if reset_mask is not None:
-        reset = crossed & (_edges_of_reverse(reset_mask) if reverse else reset_mask)
+        reset = crossed & (following(reset_mask) if reverse else reset_mask)
         entering = torch.where(reset[..., None], 0 if reset_state is None else reset_state, entering)
     return without_padding(entering, lengths)
 
@@ -61,11 +62,6 @@ def _with_resets(
         torch.where(edges[1:], value, states[:-1], out=entering[1:])
         torch.where(edges[:1], value, first, out=entering[:1])
     return entering
-
-
-def _edges_of_reverse(mask: Tensor) -> Tensor:
-    """Entry ``t + 1`` at ``t``: the edge that the reverse direction crosses to enter ``t``; no edge to the last."""
-    return torch.cat([mask[1:], torch.zeros_like(mask[:1])])
 
 
 def flat(steps: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fallback, reference
+from . import _derivatives, _fallback
+from ._derivatives import Layer
 from ._gradients import HiddenStates, gru_gates, lstm_gates, weight_gradient, without_padding
 from .reference import Weights
 
@@ -111,16 +112,15 @@ def _lstm_backward_fallback(
     entering: Any,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weights, (*boundaries, needs_input, needs_weights) = _directions(rest[:10]), rest[10:]
-    if entering is None:
-        entering = HiddenStates(output, h_0, len(weights), None, None, None).entering
-    if gates is None:
-        gates = lstm_gates(input, entering, weights)
-    grad_gates, *others = _fallback.lstm_backward(
-        grad_output, grad_h_n, grad_c_n, grad_c_states, c_states, gates, c_0, weights, *boundaries
-    )
-    grad_input, grad_weights = _fallback.products(grad_gates, input, entering, weights, needs_input, needs_weights)
-    return (grad_input, *others, *grad_weights)
+    weights, (reset_mask, reset_c, detach_mask, lengths, *needs) = _directions(rest[:10]), rest[10:]
+    layer = Layer(
+        input, (h_0, c_0), weights, reset_mask, (None, reset_c), detach_mask, lengths,
+        (_by_direction(output, len(weights)), c_states), gates, entering,
+    )  # fmt: skip
+    steps = (_by_direction(grad_output, len(weights)), grad_c_states)
+    grad_input, grad_h, initial, resets, of_weights = _fallback.backward(layer, steps, (grad_h_n, grad_c_n), *needs)
+    projected = weights[0].weight_hr is not None
+    return (grad_input, grad_h if projected else input.new_empty(0), *initial, *resets, *of_weights)
 
 
 def _gru_backward_fallback(
@@ -133,16 +133,19 @@ def _gru_backward_fallback(
     entering: Any,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weights, (*boundaries, needs_input, needs_weights) = _directions(rest[:8]), rest[8:]
-    if entering is None:
-        entering = HiddenStates(output, h_0, len(weights), None, None, None).entering
-    if gates is None:
-        gates = gru_gates(input, entering, weights)
-    grad_gates, *others = _fallback.gru_backward(
-        grad_output, grad_h_n, output, gates, h_0, weights, *boundaries
-    )
-    grad_input, grad_weights = _fallback.products(grad_gates, input, entering, weights, needs_input, needs_weights)
-    return (grad_input, *others, *grad_weights)
+    weights, (reset_mask, reset_h, detach_mask, lengths, *needs) = _directions(rest[:8]), rest[8:]
+    layer = Layer(
+        input, (h_0,), weights, reset_mask, (reset_h,), detach_mask, lengths,
+        (_by_direction(output, len(weights)),), gates, entering,
+    )  # fmt: skip
+    steps = (_by_direction(grad_output, len(weights)),)
+    grad_input, _, initial, resets, of_weights = _fallback.backward(layer, steps, (grad_h_n,), *needs)
+    return (grad_input, *initial, *resets, *of_weights)
+
+
+def _by_direction(output: Any, directions: int) -> Any:
+    """``(L, N, D * Hout)`` as ``(L, N, D, Hout)``; None stays None."""
+    return None if output is None else output.unflatten(-1, (directions, -1))
 
 
 # --------------------------------------------------------------------------------------------------------- fake kernels
@@ -252,7 +255,7 @@ def _lstm_gradients(
     saved = ctx.saved_tensors
     grads = (grad_output, grad_h_n, grad_c_n, grad_c_states)
     if torch.is_grad_enabled():
-        return (*_differentiable(_lstm_reference, saved[:18], grads, ctx.needs_input_grad), None, None, None)
+        return _again_differentiable(ctx, _lstm_after_forward(saved), (grad_output, grad_c_states), grads[1:3])
     input, h_0, c_0 = saved[:3]
     reset_mask, reset_h, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
     weights, needs = _directions(saved[3:13]), ctx.needs_input_grad
@@ -290,7 +293,7 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
     saved = ctx.saved_tensors
     grads = (grad_output, grad_h_n)
     if torch.is_grad_enabled():
-        return (*_differentiable(_gru_reference, saved[:14], grads, ctx.needs_input_grad), None, None)
+        return _again_differentiable(ctx, _gru_after_forward(saved), (grad_output,), (grad_h_n,))
     input, h_0 = saved[:2]
     reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
     weights, needs = _directions(saved[2:10]), ctx.needs_input_grad
@@ -347,56 +350,49 @@ def _projection_gradient(grad_h: Tensor, gates: Any, c_states: Tensor, direction
     return weight_gradient(grad_h[:, :, direction], o * c_states[:, :, direction].tanh())
 
 
-def _differentiable(
-    forward: Any,
-    inputs: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, ...],
-    needs: tuple[bool, ...],
+def _lstm_after_forward(saved: tuple[Any, ...]) -> Layer:
+    """What ``_lstm_setup`` saved."""
+    input, h_0, c_0, *weights = saved[:13]
+    reset_mask, reset_h, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
+    directions = _directions(tuple(weights))
+    states = (_by_direction(output, len(directions)), c_states)
+    kept = gates if gates.dim() == 4 else None
+    return Layer(
+        input, (h_0, c_0), directions, reset_mask, (reset_h, reset_c), detach_mask, lengths, states, kept
+    )
+
+
+def _gru_after_forward(saved: tuple[Any, ...]) -> Layer:
+    """What ``_gru_setup`` saved."""
+    input, h_0, *weights = saved[:10]
+    reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
+    directions = _directions(tuple(weights))
+    states = (_by_direction(output, len(directions)),)
+    kept = gates if gates.dim() == 4 else None
+    return Layer(input, (h_0,), directions, reset_mask, (reset_h,), detach_mask, lengths, states, kept)
+
+
+def _again_differentiable(
+    ctx: Any, layer: Layer, steps: tuple[Tensor | None, ...], last: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients with a graph of their own (``create_graph=True``): the reference, run again from the inputs."""
-    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and needs[i]]
-    outputs = forward(*inputs)
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs],
-        [inputs[i] for i in wanted],  # type: ignore[arg-type]
-        [g for _, g in pairs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    by_position = dict(zip(wanted, found, strict=True))
-    return tuple(by_position.get(i) for i in range(len(inputs)))
-
-
-def _lstm_reference(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, reset_c, detach_mask, lengths) = (
-        _directions(rest[:10]),
-        rest[10:],
-    )
-    gate_rows, hidden_out = weights[0].weight_hh.shape
-    return reference.lstm_layer(
-        input,
-        _fallback.initial_or_zeros(h_0, input, len(weights), hidden_out),
-        _fallback.initial_or_zeros(c_0, input, len(weights), gate_rows // 4),
-        weights,
-        _fallback.lstm_boundaries(len(weights), reset_mask, reset_h, reset_c, detach_mask, lengths),
-    )
-
-
-def _gru_reference(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, detach_mask, lengths) = _directions(rest[:8]), rest[8:]
-    return reference.gru_layer(
-        input,
-        _fallback.initial_or_zeros(h_0, input, len(weights), weights[0].weight_hh.size(1)),
-        weights,
-        _fallback.gru_boundaries(len(weights), reset_mask, reset_h, detach_mask, lengths),
-    )
+    """The gradients of a forward operator's arguments, with a graph of their own (``create_graph=True``)."""
+    states, per_direction = len(steps), 5 if layer.is_lstm else 4
+    steps = (_by_direction(steps[0], len(layer.weights)), *steps[1:])
+    of_weights = range(1 + states, 1 + states + 2 * per_direction)
+    needs = ctx.needs_input_grad
+    needs_weights = any(needs[k] for k in of_weights)
+    at_input, at_states, at_weights = _derivatives.gradients(layer, steps, last, needs[0], needs_weights)
+    flat = [grad for w in at_weights or () for grad in w[:per_direction]]
+    flat += [None] * (2 * per_direction - len(flat))
+    resets = at_states.reset or (None,) * states
+    found = [at_input, *at_states.initial, *flat, None, *resets]
+    return *_asked(needs, *found), *(None for _ in needs[len(found) :])
 
 
 def _refuse_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError(
         f"{NAMESPACE}: the backward operators have no gradient of their own; differentiate the forward operator with "
-        "create_graph=True, which uses the differentiable reference"
+        "create_graph=True"
     )
 
 
