@@ -100,12 +100,20 @@ def checked_lengths(who: str, lengths: Tensor | None, shape: SequenceShape, devi
     expected = (shape.batch,) if shape.batched else ()
     if lengths.shape != (shape.batch,) and lengths.shape != expected:
         raise ValueError(f"{who}: lengths must have shape (N,) = ({shape.batch},), got {tuple(lengths.shape)}")
-    if lengths.device.type == "cpu" and shape.batch and not torch.compiler.is_compiling():
+    if shape.batch and _is_readable(lengths):
         lowest, highest = int(lengths.min()), int(lengths.max())
         if lowest < 0 or highest > shape.steps:
             bad = lowest if lowest < 0 else highest
             raise ValueError(f"{who}: lengths must be between 0 and L = {shape.steps}, got {bad}")
     return lengths.reshape(shape.batch).to(device=device, dtype=torch.int64)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether reading values waits for nothing, and is allowed: not while a function is traced or transformed."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    traced = torch._C._len_torch_dispatch_stack() > 0
+    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def per_layer_states(

@@ -90,21 +90,9 @@ def plan(requested: str | None, device: torch.device, dtype: torch.dtype) -> Pla
     raise RuntimeError(f"hsm_kernels: backend {name!r} was asked for and cannot run this call: {reason}")
 
 
-def _active_transform() -> str | None:
-    """The transform around this call that the operators have no rule for; torch.compile traces them, so None there."""
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func (vmap, grad, jvp, ...)"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    return None
-
-
 def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
-    transform = _active_transform()
-    if transform is not None:
-        return f"the kernels have no rule for {transform}"
+    if nested_forward_mode():
+        return "the kernels have no rule for forward-mode differentiation inside forward-mode differentiation"
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"there are kernels for float64, float32, bfloat16 and float16, the input is {dtype}"
     if device.type != "cpu":
@@ -124,6 +112,14 @@ def _library_is_loaded() -> bool:
     return _library.build_info().loaded
 
 
+def nested_forward_mode() -> bool:
+    """Whether torch.func.jvp, jacfwd or linearize is active inside another one."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+
+
 def always_takes_cpu_kernels() -> bool:
     """Whether every call on the CPU that has a kernel takes it: no other backend was chosen, no transform is active."""
     return (
@@ -140,11 +136,11 @@ def chooses_reference(requested: str | None, device: torch.device, dtype: torch.
     Otherwise it runs the operators, which fall back to the reference where there is no kernel. Why the reference runs
     is said once per reason; that no library is loaded was said at import.
     """
-    transform = _active_transform()
-    if requested is None and _current == "auto" and device.type in ("cpu", "meta") and transform is None:
+    nested = nested_forward_mode()
+    if requested is None and _current == "auto" and device.type in ("cpu", "meta") and not nested:
         return False
     chosen = plan(requested, device, dtype)
-    if chosen.fallback and (device.type != "cpu" or transform is not None) and chosen.reason not in _warned:
+    if chosen.fallback and (device.type != "cpu" or nested) and chosen.reason not in _warned:
         _warned.add(chosen.reason)
         warnings.warn(f"hsm_kernels runs the plain PyTorch reference: {chosen.reason}", RuntimeWarning, stacklevel=5)
-    return chosen.backend == "reference" and (not chosen.fallback or transform is not None)
+    return chosen.backend == "reference" and (nested or not chosen.fallback)

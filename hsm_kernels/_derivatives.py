@@ -39,29 +39,34 @@ class Layer(NamedTuple):
         return [_Direction(self, d) for d in range(len(self.weights))]
 
 
+def _edges(layer: Layer, d: int) -> Edges:
+    return Edges.of(layer.reset_mask, layer.detach_mask, layer.lengths, layer.input.size(0), reverse=d == 1)
+
+
 class _Direction:
     """One direction of a layer, linearised."""
 
     def __init__(self, layer: Layer, d: int) -> None:
-        self.weights, self.d = layer.weights[d], d
-        self.edges = Edges.of(layer.reset_mask, layer.detach_mask, layer.lengths, layer.input.size(0), reverse=d == 1)
-        states = [part[:, :, d] for part in layer.states]
-        initial = [
-            part.new_zeros(part.shape[1:]) if first is None else first[d]
-            for part, first in zip(states, layer.initial, strict=True)
-        ]
-        reset = [None if part is None else part[d] for part in layer.reset]
-        self.entering = [
-            enter(part, first, to, self.edges, part.detach())
-            for part, first, to in zip(states, initial, reset, strict=True)
-        ]
+        self.weights, self.edges = layer.weights[d], _edges(layer, d)
+        self.entering = self.enter(layer, d)
         if layer.entering is not None:
             self.entering[0] = layer.entering[d]
         kept = None if layer.gates is None else layer.gates[:, :, d]
         gates = _gates(layer.is_lstm, kept, layer.input, self.entering[0], self.weights)
         self.wide = torch.promote_types(gates.dtype, torch.float32)
         linearise = self._lstm if layer.is_lstm else self._gru
-        linearise(*(part.to(self.wide) for part in (*gates.chunk(4, dim=-1), states[-1], self.entering[-1])))
+        left = layer.states[-1][:, :, d]
+        linearise(*(part.to(self.wide) for part in (*gates.chunk(4, dim=-1), left, self.entering[-1])))
+
+    @staticmethod
+    def enter(layer: Layer, d: int) -> list[Tensor]:
+        """The state that entered each step, ``(L, N, X)`` each."""
+        entered = []
+        for states, initial, reset in zip(layer.states, layer.initial, layer.reset, strict=True):
+            left = states[:, :, d]
+            first = left.new_zeros(left.shape[1:]) if initial is None else initial[d]
+            entered.append(enter(left, first, None if reset is None else reset[d], _edges(layer, d), left.detach()))
+        return entered
 
     def _lstm(self, i: Tensor, f: Tensor, g: Tensor, o: Tensor, c: Tensor, c_entering: Tensor) -> None:
         tanh_c = c.tanh()
@@ -85,10 +90,11 @@ class _Direction:
 
 
 class StateGradients(NamedTuple):
-    """What the recurrence leaves: gradients of all states, and of the gates' pre-activations."""
+    """What the recurrence leaves: gradients of all states, and of the gates' two halves. Lists are by direction."""
 
-    gates: Tensor  #: ``(L, N, D, 4 * H)``: i, f, g, o or r, z, input half of n, hidden half of n
-    h: Tensor  #: ``(L, N, D, Hout)``: of every step's h
+    of_input: list[Tensor]  #: ``(L, N, G * H)``: of ``input @ weight_ih.T``
+    of_hidden: list[Tensor]  #: ``(L, N, G * H)``: of ``h @ weight_hh.T``
+    h: list[Tensor]  #: ``(L, N, Hout)``: of every step's h
     initial: tuple[Tensor, ...]  #: ``(D, N, X)``
     reset: tuple[Tensor, ...]  #: likewise; empty without resets
 
@@ -106,14 +112,14 @@ def state_gradients(
         ]
         of_steps = [None if grad is None else grad[:, :, d].to(wide) for grad in steps]
         p, *own = adjoint(direction.linear, direction.edges, tuple(of_steps), tuple(final))
+        of_input = p
         if direction.linear.slope is None:
-            r, z, hidden_n = p.chunk(3, dim=-1)
-            p = torch.cat([r, z, direction.n_gain * own[0], hidden_n], dim=-1)
-        found.append([part.to(dtype) for part in (p, *own)])
+            of_input = torch.cat([p[..., : 2 * own[0].size(-1)], direction.n_gain * own[0]], dim=-1)
+        found.append([part.to(dtype) for part in (of_input, p, *own)])
     n = len(steps)
-    gates, h, *others = ([run[k] for run in found] for k in range(len(found[0])))
+    of_input_, of_hidden, h, *others = ([run[k] for run in found] for k in range(len(found[0])))
     states = [torch.stack(parts) for parts in others[n - 1 :]]
-    return StateGradients(torch.stack(gates, dim=2), torch.stack(h, dim=2), tuple(states[:n]), tuple(states[n:]))
+    return StateGradients(of_input_, of_hidden, h, tuple(states[:n]), tuple(states[n:]))
 
 
 def weight_rows(grad_gates: Tensor, input_rows: int) -> tuple[Tensor, Tensor]:
@@ -124,9 +130,34 @@ def weight_rows(grad_gates: Tensor, input_rows: int) -> tuple[Tensor, Tensor]:
     return torch.cat([r, z, input_n], dim=-1), torch.cat([r, z, hidden_n], dim=-1)
 
 
-def _matrix(grad: Tensor, x: Tensor) -> Tensor:
+def _matrix(grad: Tensor, x: Tensor, samples: int | None = None) -> Tensor:
     """The gradient of ``W`` in ``x @ W.T``."""
-    return grad.flatten(0, 1).mT @ x.flatten(0, 1)
+    if samples is None:
+        return grad.flatten(0, 1).mT @ x.flatten(0, 1)
+    grad, x = (_by_sample(steps, samples).movedim(1, 0).flatten(1, 2) for steps in (grad, x))
+    return grad.mT @ x
+
+
+def _by_sample(steps: Tensor, samples: int) -> Tensor:
+    """``(L, N, X)`` as ``(L, samples, N / samples, X)``."""
+    return steps.reshape(steps.size(0), samples, steps.size(1) // samples, steps.size(2))
+
+
+def summed(grad: Tensor, samples: int | None = None) -> Tensor:
+    """``(L, N, X)`` summed over steps and sequences, the gradient of a bias."""
+    return grad.sum((0, 1)) if samples is None else _by_sample(grad, samples).sum((0, 2))
+
+
+def entering(layer: Layer) -> list[Tensor]:
+    """The h that entered each step of each direction, ``(L, N, Hout)``, differentiable."""
+    return [_Direction.enter(layer, d)[0] for d in range(len(layer.weights))]
+
+
+def projection_gradient(layer: Layer, grad_h: Tensor, direction: int) -> Tensor:
+    """The gradient of ``weight_hr`` from that of every step's h, differentiable."""
+    layer = layer._replace(input=without_padding(layer.input, layer.lengths))
+    projected = layer.directions()[direction].before_projection
+    return _matrix(grad_h[:, :, direction], projected.to(grad_h.dtype))
 
 
 def gradients(
@@ -135,26 +166,29 @@ def gradients(
     last: Sequence[Tensor | None],
     needs_input: bool,
     needs_weights: bool,
+    samples: int | None = None,
 ) -> tuple[Tensor | None, StateGradients, list[Weights] | None]:
-    """Of the input, the states and the weights, from those of all states as :func:`state_gradients` takes them."""
+    """Of the input, the states and the weights, from those of all states as :func:`state_gradients` takes them.
+
+    With ``samples``, for which there are equally many sequences each, in order, a weight has one gradient of each.
+    """
     layer = layer._replace(input=without_padding(layer.input, layer.lengths))
     directions = layer.directions()
     states = state_gradients(directions, steps, last)
-    parts = [weight_rows(states.gates[:, :, d], w.weight_ih.size(0)) for d, w in enumerate(layer.weights)]
-    products = [of_input @ w.weight_ih for (of_input, _), w in zip(parts, layer.weights, strict=True) if needs_input]
+    products = [
+        part @ w.weight_ih for part, w in zip(states.of_input, layer.weights, strict=True) if needs_input
+    ]
     at_input = sum(products[1:], products[0]) if needs_input else None
     if not needs_weights:
         return at_input, states, None
-    at_weights = [
-        Weights(
-            _matrix(of_input, layer.input),
-            _matrix(of_hidden, run.entering[0]),
-            of_input.sum((0, 1)),
-            of_hidden.sum((0, 1)),
-            None if run.weights.weight_hr is None else _matrix(states.h[:, :, d], run.before_projection.to(of_input)),
-        )
-        for d, (run, (of_input, of_hidden)) in enumerate(zip(directions, parts, strict=True))
-    ]
+    at_weights = []
+    for d, run in enumerate(directions):
+        of_input, of_hidden = states.of_input[d], states.of_hidden[d]
+        at_weight_hr = None
+        if run.weights.weight_hr is not None:
+            at_weight_hr = _matrix(states.h[d], run.before_projection.to(of_input), samples)
+        matrices = _matrix(of_input, layer.input, samples), _matrix(of_hidden, run.entering[0], samples)
+        at_weights.append(Weights(*matrices, summed(of_input, samples), summed(of_hidden, samples), at_weight_hr))
     return at_input, states, at_weights
 
 

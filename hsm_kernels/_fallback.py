@@ -3,6 +3,9 @@
 The forward passes run :mod:`hsm_kernels.reference`. The backward passes are those of :mod:`hsm_kernels._derivatives`.
 """
 
+from typing import Any, cast
+
+import torch
 from torch import Tensor
 
 from . import _derivatives, reference
@@ -92,15 +95,19 @@ def backward(
     last: tuple[Tensor | None, ...],
     needs_input: bool,
     needs_weights: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...], list[Tensor]]:
+    samples: int | None = None,
+) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...], tuple[Tensor, ...], list[Any]]:
     """Gradients of the input, of every step's h, of the initial and of the reset state, and those of the weights.
 
-    See ``lstm_backward`` in ``_ops.py``; a state's gradients are one for LSTM's h and one for its c.
+    See ``lstm_backward`` in ``_ops.py``; a state's gradients are one for LSTM's h and one for its c. ``samples``: see
+    :func:`_derivatives.gradients`.
     """
-    at_input, states, weights = _derivatives.gradients(layer, steps, last, needs_input, needs_weights)
+    at_input, states, weights = _derivatives.gradients(layer, steps, last, needs_input, needs_weights, samples)
     empty = layer.input.new_empty
-    of_weights = [empty(0) for _ in range(6)]
+    of_weights: list[Any] = [empty(0) for _ in range(6)]
     for d, w in enumerate(weights or ()):
-        of_weights[3 * d : 3 * d + 3] = [w.weight_ih, w.weight_hh, states.gates[:, :, d].sum((0, 1))]
+        of_input, of_hidden = cast(tuple[Tensor, Tensor], w[2:4])  # of which a GRU's differ in the halves of n
+        of_gates = of_input if layer.is_lstm else torch.cat([of_input, of_hidden.tensor_split(3, dim=-1)[2]], dim=-1)
+        of_weights[3 * d : 3 * d + 3] = [w.weight_ih, w.weight_hh, of_gates]
     resets = tuple(empty(0) for _ in steps) if layer.reset[-1] is None else states.reset
     return empty(0) if at_input is None else at_input, states.h, states.initial, resets, of_weights

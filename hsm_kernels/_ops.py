@@ -15,14 +15,17 @@ and the input and hidden half of n; with a projection also that of every step's 
 The native library adds CPU kernels for the same operators; they win over the fallback by dispatch.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _derivatives, _fallback
 from ._derivatives import Layer
 from ._gradients import HiddenStates, gru_gates, lstm_gates, weight_gradient, without_padding
+from ._vmap import batched_backward, batched_layer
 from .reference import Weights
 
 NAMESPACE = "hsm_kernels"
@@ -111,16 +114,19 @@ def _lstm_backward_fallback(
     gates: Tensor | None,
     entering: Any,
     *rest: Any,
+    samples: int | None = None,
 ) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_c, detach_mask, lengths, *needs) = _directions(rest[:10]), rest[10:]
+    weights, (reset_mask, reset_c, detach_mask, lengths, needs_input, needs_weights) = _directions(rest[:10]), rest[10:]
     layer = Layer(
         input, (h_0, c_0), weights, reset_mask, (None, reset_c), detach_mask, lengths,
         (_by_direction(output, len(weights)), c_states), gates, entering,
     )  # fmt: skip
     steps = (_by_direction(grad_output, len(weights)), grad_c_states)
-    grad_input, grad_h, initial, resets, of_weights = _fallback.backward(layer, steps, (grad_h_n, grad_c_n), *needs)
-    projected = weights[0].weight_hr is not None
-    return (grad_input, grad_h if projected else input.new_empty(0), *initial, *resets, *of_weights)
+    grad_input, grad_h, initial, resets, of_weights = _fallback.backward(
+        layer, steps, (grad_h_n, grad_c_n), needs_input, needs_weights, samples
+    )
+    of_h = input.new_empty(0) if weights[0].weight_hr is None else torch.stack(grad_h, dim=2)
+    return (grad_input, of_h, *initial, *resets, *of_weights)
 
 
 def _gru_backward_fallback(
@@ -132,14 +138,17 @@ def _gru_backward_fallback(
     gates: Tensor | None,
     entering: Any,
     *rest: Any,
+    samples: int | None = None,
 ) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, detach_mask, lengths, *needs) = _directions(rest[:8]), rest[8:]
+    weights, (reset_mask, reset_h, detach_mask, lengths, needs_input, needs_weights) = _directions(rest[:8]), rest[8:]
     layer = Layer(
         input, (h_0,), weights, reset_mask, (reset_h,), detach_mask, lengths,
         (_by_direction(output, len(weights)),), gates, entering,
     )  # fmt: skip
     steps = (_by_direction(grad_output, len(weights)),)
-    grad_input, _, initial, resets, of_weights = _fallback.backward(layer, steps, (grad_h_n,), *needs)
+    grad_input, _, initial, resets, of_weights = _fallback.backward(
+        layer, steps, (grad_h_n,), needs_input, needs_weights, samples
+    )
     return (grad_input, *initial, *resets, *of_weights)
 
 
@@ -242,6 +251,8 @@ def _save(ctx: Any, tensors: tuple[Tensor | None, ...], gates: Tensor, recompute
     ctx.set_materialize_grads(False)
     ctx.recompute = recompute
     ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
 
 
 def _lstm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -254,26 +265,26 @@ def _lstm_gradients(
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     grads = (grad_output, grad_h_n, grad_c_n, grad_c_states)
-    if torch.is_grad_enabled():
-        return _again_differentiable(ctx, _lstm_after_forward(saved), (grad_output, grad_c_states), grads[1:3])
-    input, h_0, c_0 = saved[:3]
-    reset_mask, reset_h, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
-    weights, needs = _directions(saved[3:13]), ctx.needs_input_grad
-    states = HiddenStates(output, h_0, len(weights), reset_mask, reset_h, lengths)
-    gates, input, entering = _backward_operands(ctx.recompute, gates, input, states, weights, lstm_gates)
+    layer = _lstm_after_forward(saved)
+    if forward_ad._current_level >= 0:  # the operators have no rule for it, their fallback's operations have
+        return _step_by_step(ctx, layer, (grad_output, grad_c_states), grads[1:3])
+    h_0, c_0 = layer.initial
+    reset_mask, _, reset_c, detach_mask, lengths, output, c_states, _ = saved[13:]
+    weights, needs = layer.weights, ctx.needs_input_grad
+    gates, input, entering = _backward_operands(layer, output, lstm_gates)
     grad_input, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c, *found = (
-        torch.ops.hsm_kernels.lstm_backward.default(
+        _lstm_backward(
             *grads, input, h_0, c_0, output, c_states, gates, entering, *saved[3:13], reset_mask, reset_c, detach_mask,
-            lengths, needs[0], any(needs[3:13]),
+            lengths, needs[0], any(needs[3:13]), differentiable=torch.is_grad_enabled(),
         )
     )  # fmt: skip
     grad_weights: list[Tensor | None] = [None] * 10
     for d, w in enumerate(weights):
         asked, (grad_ih, grad_hh, grad_bias) = needs[3 + 5 * d : 8 + 5 * d], found[3 * d : 3 * d + 3]
         biases = (grad_bias, grad_bias.clone() if asked[2] and asked[3] else grad_bias)
-        grad_hr = _projection_gradient(grad_h, gates, c_states, d) if w.weight_hr is not None and asked[4] else None
+        grad_hr = _projection_gradient(grad_h, gates, layer, d) if w.weight_hr is not None and asked[4] else None
         grad_weights[5 * d : 5 * d + 5] = _asked(asked, grad_ih, grad_hh, *biases, grad_hr)
-    has_resets = reset_h is not None
+    has_resets = reset_c is not None
     return (
         *_asked(needs[:3], grad_input, grad_h_0, grad_c_0),
         *grad_weights,
@@ -292,16 +303,16 @@ def _gru_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     grads = (grad_output, grad_h_n)
-    if torch.is_grad_enabled():
-        return _again_differentiable(ctx, _gru_after_forward(saved), (grad_output,), (grad_h_n,))
-    input, h_0 = saved[:2]
-    reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
-    weights, needs = _directions(saved[2:10]), ctx.needs_input_grad
-    states = HiddenStates(output, h_0, len(weights), reset_mask, reset_h, lengths)
-    gates, input, entering = _backward_operands(ctx.recompute, gates, input, states, weights, gru_gates)
-    grad_input, grad_h_0, grad_reset_h, *found = torch.ops.hsm_kernels.gru_backward.default(
+    layer = _gru_after_forward(saved)
+    if forward_ad._current_level >= 0:
+        return _step_by_step(ctx, layer, (grad_output,), (grad_h_n,))
+    (h_0,) = layer.initial
+    reset_mask, reset_h, detach_mask, lengths, output, _ = saved[10:]
+    weights, needs = layer.weights, ctx.needs_input_grad
+    gates, input, entering = _backward_operands(layer, output, gru_gates)
+    grad_input, grad_h_0, grad_reset_h, *found = _gru_backward(
         *grads, input, h_0, output, gates, entering, *saved[2:10], reset_mask, reset_h, detach_mask, lengths,
-        needs[0], any(needs[2:10]),
+        needs[0], any(needs[2:10]), differentiable=torch.is_grad_enabled(),
     )  # fmt: skip
     hidden = weights[0].weight_hh.size(1)
     grad_weights: list[Tensor | None] = [None] * 8
@@ -323,31 +334,35 @@ def _asked(needs: tuple[bool, ...], *grads: Tensor | None) -> list[Tensor | None
     return [grad if needed else None for needed, grad in zip(needs, grads, strict=False)]
 
 
-def _backward_operands(
-    recompute: bool, gates: Tensor, input: Tensor, states: HiddenStates, weights: list[Weights], gates_of: Any
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+def _backward_operands(layer: Layer, output: Tensor, gates_of: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """The arguments gates, input and entering of a backward operator.
 
     Gates that were not kept are computed by the operator, in float32 and float64, in the memory of its results. A
     projection needs them once more.
     """
-    input = without_padding(input, states.lengths)
-    entering = _joined(states.entering) if states.cut else None
-    if not recompute:
-        return gates, input, entering
+    input, h_0, weights = without_padding(layer.input, layer.lengths), layer.initial[0], layer.weights
+    states = HiddenStates(output, h_0, len(weights), layer.reset_mask, layer.reset[0], layer.lengths)
+    entering = None
+    if states.cut:
+        entering = _joined(_derivatives.entering(layer) if torch.is_grad_enabled() else states.entering)
+    if layer.gates is not None:
+        return layer.gates, input, entering
     if input.dtype in (torch.float32, torch.float64) and weights[0].weight_hr is None:
         return None, input, entering
-    return gates_of(input, states.entering, weights), input, entering
+    with torch.no_grad():  # an operator's gates are values: their derivative is that of what they are computed from
+        return gates_of(input, states.entering, weights), input, entering
 
 
 def _joined(directions: list[Tensor]) -> Tensor:
     return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(directions)
 
 
-def _projection_gradient(grad_h: Tensor, gates: Any, c_states: Tensor, direction: int) -> Tensor:
+def _projection_gradient(grad_h: Tensor, gates: Any, layer: Layer, direction: int) -> Tensor:
     """The gradient of weight_hr: what was projected, ``o * tanh(c)``, is computed again rather than stored."""
+    if torch.is_grad_enabled():
+        return _derivatives.projection_gradient(layer._replace(gates=gates), grad_h, direction)
     o = gates[:, :, direction].chunk(4, dim=-1)[3]
-    return weight_gradient(grad_h[:, :, direction], o * c_states[:, :, direction].tanh())
+    return weight_gradient(grad_h[:, :, direction], o * layer.states[1][:, :, direction].tanh())
 
 
 def _lstm_after_forward(saved: tuple[Any, ...]) -> Layer:
@@ -372,10 +387,10 @@ def _gru_after_forward(saved: tuple[Any, ...]) -> Layer:
     return Layer(input, (h_0,), directions, reset_mask, (reset_h,), detach_mask, lengths, states, kept)
 
 
-def _again_differentiable(
+def _step_by_step(
     ctx: Any, layer: Layer, steps: tuple[Tensor | None, ...], last: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a forward operator's arguments, with a graph of their own (``create_graph=True``)."""
+    """The gradients of a forward operator's arguments, by operations that have derivatives of every kind."""
     states, per_direction = len(steps), 5 if layer.is_lstm else 4
     steps = (_by_direction(steps[0], len(layer.weights)), *steps[1:])
     of_weights = range(1 + states, 1 + states + 2 * per_direction)
@@ -389,61 +404,162 @@ def _again_differentiable(
     return *_asked(needs, *found), *(None for _ in needs[len(found) :])
 
 
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.needs = inputs[-2:]
+    ctx.save_for_backward(*inputs[:-2])
+
+
+def _second_gradients(fallback: Any) -> Any:
+    """The gradients of a backward operator: those of its fallback, whose operations are differentiable."""
+
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        arguments = [*ctx.saved_tensors]
+        wanted = [k for k, needed in enumerate(ctx.needs_input_grad) if needed]
+
+        def of_wanted(*tensors: Tensor) -> tuple[Tensor, ...]:
+            for k, tensor in zip(wanted, tensors, strict=True):
+                arguments[k] = tensor
+            found: tuple[Tensor, ...] = fallback(*arguments, *ctx.needs)
+            return found
+
+        results, transpose, *_ = torch.func.vjp(of_wanted, *(arguments[k] for k in wanted))
+        given = tuple(torch.zeros_like(r) if g is None else g for r, g in zip(results, grads, strict=True))
+        found = transpose(given)
+        by_position = dict(zip(wanted, found, strict=True))
+        return tuple(by_position.get(k) for k in range(len(ctx.needs_input_grad)))
+
+    return gradients
+
+
 def _refuse_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        f"{NAMESPACE}: the backward operators have no gradient of their own; differentiate the forward operator with "
-        "create_graph=True"
-    )
+    raise RuntimeError(f"{NAMESPACE}: product has no gradient; use torch.mm")
 
 
 _KERNELS: dict[str, tuple[Any, Any, Any, Any]] = {
     "lstm_forward": (_lstm_forward_fallback, _lstm_forward_fake, _lstm_gradients, _lstm_setup),
     "gru_forward": (_gru_forward_fallback, _gru_forward_fake, _gru_gradients, _gru_setup),
-    "lstm_backward": (_lstm_backward_fallback, _lstm_backward_fake, _refuse_backward, None),
-    "gru_backward": (_gru_backward_fallback, _gru_backward_fake, _refuse_backward, None),
+    "lstm_backward": (
+        _lstm_backward_fallback, _lstm_backward_fake, _second_gradients(_lstm_backward_fallback), _backward_setup,
+    ),
+    "gru_backward": (
+        _gru_backward_fallback, _gru_backward_fake, _second_gradients(_gru_backward_fallback), _backward_setup,
+    ),
     "product": (torch.mm, _product_fake, _refuse_backward, None),
-}
+}  # fmt: skip
 for _name, (_kernel, _fake, _gradients, _setup) in _KERNELS.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradients, setup_context=_setup, lib=_library)
 
 
-# ----------------------------------------------------------------------------------------------------- the short way in
+# ------------------------------------------------------------------------------------------------- eager and transforms
 
 
-def _eager(op: Any, setup: Any, gradients: Any) -> Any:
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _tangents(
+    layer: Layer, per_direction: int, tangents: tuple[Any, ...]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tangents of the states, from those of a forward operator's arguments."""
+    n = len(layer.states)
+    initial, rest = tangents[1 : 1 + n], tangents[1 + n :]
+    flat, rest = rest[: 2 * per_direction], rest[2 * per_direction :]
+    weights = [Weights(*flat[d * per_direction : (d + 1) * per_direction]) for d in range(len(layer.weights))]
+    return _derivatives.tangents(layer, tangents[0], initial, weights, rest[1 : 1 + n])
+
+
+def _lstm_tangents(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+    (h, c), (h_n, c_n) = _tangents(_lstm_after_forward(ctx.saved_tensors), 5, tangents)
+    return h.flatten(-2), h_n, c_n, c, None
+
+
+def _gru_tangents(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+    (h,), (h_n,) = _tangents(_gru_after_forward(ctx.saved_tensors), 4, tangents)
+    return h.flatten(-2), h_n, None
+
+
+def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any:
     """``op``, called without the detour that a gradient registered in Python takes through the dispatcher.
 
-    The detour costs more than a short call. What runs and what is saved is the same. torch.compile must see the
-    operator.
+    The detour costs more than a short call, and ends before transforms. What runs and what is saved is the same.
+    torch.compile must see the operator. ``rule(call, info, in_dims, *arguments)`` is for vmap.
     """
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
+        def forward(*arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                output = op(*arguments)
-            setup(ctx, arguments, output)
-            return output
+                return op(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, inputs, output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return gradients(ctx, *grads)
 
-    def call(*arguments: Any) -> Any:
-        """The last argument is ``training``: whether a gradient is needed."""
+        @staticmethod
+        def jvp(ctx: Any, *grads: Any) -> Any:
+            return tangents(ctx, *grads)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+            return rule(partial(call, differentiable=torch.is_grad_enabled()), info, in_dims, *arguments)
+
+    def call(*arguments: Any, differentiable: bool = False) -> Any:
         if torch.compiler.is_compiling():
             return op(*arguments)
-        if arguments[-1]:
+        if differentiable or transformed():
             return Function.apply(*arguments)  # type: ignore[no-untyped-call]
         if torch.is_inference_mode_enabled():  # which leaves autograd out by itself
             return op(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
+    torch.library.register_vmap(op, partial(rule, op), lib=_library)
     return call
 
 
-lstm_forward = _eager(torch.ops.hsm_kernels.lstm_forward.default, _lstm_setup, _lstm_gradients)
-gru_forward = _eager(torch.ops.hsm_kernels.gru_forward.default, _gru_setup, _gru_gradients)
+_lstm_forward = _eager(
+    torch.ops.hsm_kernels.lstm_forward.default,
+    _lstm_setup,
+    _lstm_gradients,
+    _lstm_tangents,
+    partial(batched_layer, range(3, 13)),
+)
+_gru_forward = _eager(
+    torch.ops.hsm_kernels.gru_forward.default,
+    _gru_setup,
+    _gru_gradients,
+    _gru_tangents,
+    partial(batched_layer, range(2, 10)),
+)
+_lstm_backward = _eager(
+    torch.ops.hsm_kernels.lstm_backward.default,
+    _backward_setup,
+    _second_gradients(_lstm_backward_fallback),
+    None,  # under forward mode the backward pass takes another way
+    partial(batched_backward, _lstm_backward_fallback, range(11, 21), 10),
+)
+_gru_backward = _eager(
+    torch.ops.hsm_kernels.gru_backward.default,
+    _backward_setup,
+    _second_gradients(_gru_backward_fallback),
+    None,
+    partial(batched_backward, _gru_backward_fallback, range(7, 15), 6),
+)
+
+
+def lstm_forward(*arguments: Any) -> Any:
+    """The operator; the last argument, ``training``, says whether a gradient is needed."""
+    return _lstm_forward(*arguments, differentiable=arguments[-1])
+
+
+def gru_forward(*arguments: Any) -> Any:
+    """The operator; the last argument, ``training``, says whether a gradient is needed."""
+    return _gru_forward(*arguments, differentiable=arguments[-1])
