@@ -115,7 +115,10 @@ class _RNN(nn.RNNBase):
             "return_states": return_states,
             "recompute": recompute,
         }
-        return self._run(input, hx, options)
+        result = self._run(input, hx, options)
+        if hasattr(self._flat_weights[0], "_forward_counter"):  # Opacus watches this module
+            _refuse_what_opacus_does_not_see(self.mode, options, result[1])
+        return result
 
     def _run_plain(self, input: Any, hx: Any) -> Any:
         """The result of a plain call of the only layer; None for any other call."""
@@ -181,6 +184,28 @@ class _RNN(nn.RNNBase):
         if unsorted_indices is not None:
             hx_n = _map_state(hx_n, lambda part: part.index_select(1, unsorted_indices))
         return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices), hx_n
+
+
+def _refuse_what_opacus_does_not_see(who: str, options: dict[str, Any], hx_n: Any) -> None:
+    """Raise for keyword arguments, and in the backward pass if a gradient comes back to the last state."""
+    advice = (
+        ", and would give wrong gradients; compute per-sample gradients with torch.func.vmap(torch.func.grad(...)) and "
+        'grad_sample_mode="no_op"'
+    )
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    if given:
+        raise RuntimeError(f"{who}: the hooks of Opacus do not see {', '.join(given)}{advice}")
+
+    def refuse(grad: Tensor | None) -> None:
+        if grad is not None and grad.any():  # zeros are no gradient
+            raise RuntimeError(f"{who}: the hooks of Opacus do not see the gradient of the last state{advice}")
+
+    def watch(part: Tensor) -> Tensor:
+        if part.requires_grad:
+            part.register_hook(refuse)  # type: ignore[no-untyped-call]
+        return part
+
+    _map_state(hx_n, watch)
 
 
 def _map_state(state: Any, function: Any) -> Any:
