@@ -1,6 +1,7 @@
 // Who computes what in which round: shared by the forward and the backward pass of both cells.
 #pragma once
 
+#include "common/arena.h"
 #include "common/segments.h"
 #include "cpu/matrix_tile.h"
 #include "cpu/simd.h"
@@ -9,24 +10,6 @@
 namespace hsm {
 namespace cpu {
 namespace HSM_ISA {
-
-// Hands out aligned pieces of one allocation. With a null base it only measures.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class E>
-  E* take(int64_t count) {
-    const size_t at = used_;
-    used_ += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(E)), 64));
-    return base_ ? reinterpret_cast<E*>(base_ + at) : nullptr;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 // The work of a step as a grid: groups of sequences, times groups of hidden units. Only the workers of one group of
 // sequences wait for each other.

@@ -14,7 +14,7 @@ SCHEMA = 1
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 #: What belongs to the library in csrc; wheels carry exactly these files.
-FILE_PATTERNS = ("*.cpp", "*.h", "*.inl")
+FILE_PATTERNS = ("*.cpp", "*.cu", "*.cuh", "*.h", "*.inl")
 
 #: In the order of compilation: the sources that take longest come first.
 SOURCE_DIRECTORIES = ("cpu", "binding")

@@ -1,0 +1,74 @@
+// The step variant of the CUDA kernels: in every round, that is one step of every sequence, a product with the recurrent weights
+// and one kernel for everything else. It runs whatever the operators take; faster variants run less.
+//
+// All work is enqueued on the caller's stream. Nothing is allocated, read back or waited for, so a call can be captured in a CUDA
+// graph. Masks and lengths are read on the device only. So what the host does not know costs rounds: sequences that the masks cut
+// at different steps run as if they were not cut. Only where the caller says that all are detached at every k-th step
+// (Boundaries::detach_every) do segments run beside each other in the backward pass.
+//
+// Every sum has a fixed order, so that equal calls give equal bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/params.h"
+
+struct CUstream_st;
+
+namespace hsm {
+namespace cuda {
+
+// A cudaError_t; 0 is success. Callers need no header of the CUDA toolkit.
+using Status = int;
+const char* status_text(Status status);
+
+// For each of `batch`: C (rows, columns) = A (rows, depth) @ B (depth, columns), or C is increased by it. Strides count elements. Of A's
+// row and depth strides one is 1, and of B's depth and column strides; the columns of C are contiguous.
+struct BatchedProduct {
+  ScalarKind dtype;       // of A and B
+  ScalarKind dtype_of_c;  // `dtype`, or float32 where that is a 16-bit type
+  int64_t batch, rows, columns, depth;
+  const void* a;
+  int64_t a_batch_stride, a_row_stride, a_depth_stride;
+  const void* b;
+  int64_t b_batch_stride, b_depth_stride, b_column_stride;
+  void* c;
+  int64_t c_batch_stride, c_row_stride;
+  bool add;
+};
+
+// Enqueues a product on the stream of the call; throws if it cannot.
+struct Products {
+  void (*multiply)(void* context, const BatchedProduct& product);
+  void* context;
+};
+
+// The gradients that remain to be made from those of the pre-activations. Null: not wanted.
+struct LayerGradients {
+  void* input;                      // (L, N, I)
+  void* weight_ih[max_directions];  // (G * H, I)
+  void* weight_hh[max_directions];  // (G * H, Hout)
+  void* bias[max_directions];       // (4 * H,): of the parts of grad_gates, summed
+};
+
+struct BackwardLayer {
+  // `grad_gates` and `first_step` are set by the pass itself, `output` is given for both cells, `h_0` too, and with `recompute` the
+  // pre-activations are computed by the pass itself.
+  BackwardParams params;
+  const void* input;     // (L, N, I)
+  int64_t input_size;
+  const void* entering;  // (D, L, N, Hout): the h that entered each step; given with resets or lengths
+  LayerGradients gradients;
+};
+
+// Each pass first says how many bytes of device memory it needs, aligned to 256 bytes; their contents do not matter. The schedule
+// of the parameters is not looked at, and all their pointers are to memory of the current device.
+size_t forward_workspace(const ForwardParams& params);
+Status forward(const ForwardParams& params, void* workspace, const Products& products, CUstream_st* stream);
+
+size_t backward_workspace(const BackwardLayer& layer);
+Status backward(const BackwardLayer& layer, void* workspace, const Products& products, CUstream_st* stream);
+
+}  // namespace cuda
+}  // namespace hsm
