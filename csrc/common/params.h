@@ -21,6 +21,7 @@ struct Boundaries {
   int64_t reset_step_stride, reset_batch_stride;
   const bool* detach_mask;  // (L, N) with strides, or null; read in backward only
   int64_t detach_step_stride, detach_batch_stride;
+  int64_t detach_every;    // k: the mask detaches every sequence at steps k, 2k, ...; 0: not known. CUDA
   const int64_t* lengths;  // (N,), each between 0 and L, or null
   const void* reset_h;     // (D, N, Hout) or null
   const void* reset_c;     // (D, N, H) or null; LSTM

@@ -24,7 +24,8 @@
 
 #include <cstddef>
 
-#define HSM_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// One block for each multiprocessor is enough; for more, ptxas spills registers of these latency-bound kernels.
+#define HSM_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 // One copy for all threads, which may be referred to.
 #define HSM_ARGUMENT const __grid_constant__
 #define HSM_DEVICE __device__ __forceinline__

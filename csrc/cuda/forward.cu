@@ -86,13 +86,7 @@ HSM_KERNEL(block_threads) forward_cell(HSM_ARGUMENT ForwardRound s) {
     const A* input = static_cast<const A*>(s.input_product[d]) + ((visit.step - s.first_step[d]) * z.batch + visit.sequence) * columns;
     A pre[4];
     preactivations<T, kind>(p.weights[d], z.hidden, unit, input, static_cast<const A*>(s.state_product) + row * columns, pre);
-    if constexpr (kind == CellKind::lstm) {
-      const LstmGates<A> active = lstm_gates<Math>(pre);
-      gates[0] = active.i, gates[1] = active.f, gates[2] = active.g, gates[3] = active.o;
-    } else {
-      const GruGates<A> active = gru_gates<Math>(pre);
-      gates[0] = active.r, gates[1] = active.z, gates[2] = active.n, gates[3] = active.h_n;
-    }
+    activate<kind>(pre, gates);
   }
   if (p.gates) store_gates<T>(p.gates, step_place * 4 * z.hidden + unit, z.hidden, gates);
 
@@ -125,13 +119,11 @@ HSM_KERNEL(block_threads) forward_projected(HSM_ARGUMENT ForwardRound s) {
 
 class ForwardPass {
  public:
-  ForwardPass(const ForwardParams& params, void* workspace) : z_(params.sizes), wide_(accumulator_kind(params.sizes.dtype)) {
+  ForwardPass(const ForwardParams& params, const Limits& limits, void* workspace) : z_(params.sizes), wide_(accumulator_kind(params.sizes.dtype)) {
     round_.params = params;
     columns_ = gate_columns(z_);
     const int64_t element = element_bytes(z_.dtype), wide = element_bytes(wide_), rows = z_.directions * z_.batch;
-    // The input's product of a chunk is still in the GPU's cache when its rounds read it, and has rows enough to be computed fast.
-    constexpr int64_t chunk_bytes = int64_t{32} << 20;
-    chunk_ = between(1, chunk_bytes / at_least_1(rows * columns_ * wide), z_.steps);
+    chunk_ = between(1, limits.input_product_bytes / at_least_1(rows * columns_ * wide), z_.steps);
     Arena arena(workspace);
     for (int d = 0; d < z_.directions; ++d) round_.input_product[d] = input_product_[d] = arena.take_bytes(chunk_ * z_.batch * columns_ * wide);
     round_.state_product = arena.take_bytes(rows * columns_ * wide);
@@ -149,7 +141,7 @@ class ForwardPass {
   template <class T, CellKind kind>
   cudaError_t run(const Products& products, cudaStream_t stream) {
     if (z_.batch == 0) return cudaSuccess;
-    Queue queue(stream);
+    Queue queue(stream, products);
     const ForwardParams& p = round_.params;
     weight_hh_.fill(queue, p.weights[0].weight_hh, p.weights[1].weight_hh);
     weight_hr_.fill(queue, p.weights[0].weight_hr, p.weights[1].weight_hr);
@@ -157,13 +149,13 @@ class ForwardPass {
     queue.run(begin_forward<T>, units, round_);
     for (int64_t begin = 0; begin < z_.steps && queue.ok(); begin += chunk_) {
       const int64_t end = begin + chunk_ < z_.steps ? begin + chunk_ : z_.steps;
-      for (int d = 0; d < z_.directions; ++d) project_input(products, d, d ? z_.steps - end : begin, end - begin);
+      for (int d = 0; d < z_.directions; ++d) project_input(queue, d, d ? z_.steps - end : begin, end - begin);
       for (int64_t r = begin; r < end && queue.ok(); ++r) {
         round_.index = r;
-        products.multiply(products.context, through_transposed(weight_hh_, columns_, z_.hidden_out, round_.state_h, round_.state_product));
+        queue.multiply(through_transposed(weight_hh_, columns_, z_.hidden_out, round_.state_h, round_.state_product));
         queue.run(forward_cell<T, kind>, units, round_);
         if (!z_.projection) continue;
-        products.multiply(products.context, through_transposed(weight_hr_, z_.hidden_out, z_.hidden, round_.cell_output, round_.projected));
+        queue.multiply(through_transposed(weight_hr_, z_.hidden_out, z_.hidden, round_.cell_output, round_.projected));
         queue.run(forward_projected<T>, one_thread_each(z_.batch, z_.hidden_out, z_.directions), round_);
       }
     }
@@ -171,7 +163,7 @@ class ForwardPass {
   }
 
  private:
-  void project_input(const Products& products, int d, int64_t first, int64_t count) {
+  void project_input(Queue& queue, int d, int64_t first, int64_t count) {
     const ForwardParams& p = round_.params;
     round_.first_step[d] = first;
     BatchedProduct product{z_.dtype, wide_, 1, count * z_.batch, columns_, p.input_size};
@@ -184,7 +176,7 @@ class ForwardPass {
       product.a_batch_stride = p.input_batch_stride, product.a_row_stride = p.input_step_stride;
       product.c_batch_stride = columns_, product.c_row_stride = z_.batch * columns_;
     }
-    products.multiply(products.context, product);
+    queue.multiply(product);
   }
 
   // (D, N, outputs) = (D, N, inputs) @ weights (D, outputs, inputs) transposed.
@@ -207,10 +199,10 @@ class ForwardPass {
 
 }  // namespace
 
-size_t forward_workspace(const ForwardParams& params) { return ForwardPass(params, nullptr).workspace_bytes(); }
+size_t forward_workspace(const ForwardParams& params, const Limits& limits) { return ForwardPass(params, limits, nullptr).workspace_bytes(); }
 
-Status forward(const ForwardParams& params, void* workspace, const Products& products, CUstream_st* stream) {
-  ForwardPass pass(params, workspace);
+Status forward(const ForwardParams& params, void* workspace, const Products& products, CUstream_st* stream, const Limits& limits) {
+  ForwardPass pass(params, limits, workspace);
   return with_type(params.sizes.dtype, [&](auto type) {
     using T = decltype(type);
     return params.sizes.cell == CellKind::lstm ? pass.run<T, CellKind::lstm>(products, stream) : pass.run<T, CellKind::gru>(products, stream);

@@ -40,7 +40,7 @@ inline int64_t between(int64_t lowest, int64_t x, int64_t highest) {
 struct Math {
   template <class A>
   static HSM_DEVICE A sigmoid(A x) {
-    return 1 / (1 + std::exp(-x));
+    return A{1} / (A{1} + std::exp(-x));
   }
   template <class A>
   static HSM_DEVICE A tanh(A x) {
@@ -105,6 +105,17 @@ HSM_DEVICE void preactivations(const Weights& w, int hidden, int unit, const Acc
   }
 }
 
+template <CellKind kind, class A>
+HSM_DEVICE void activate(const A (&pre)[4], A (&gates)[4]) {
+  if constexpr (kind == CellKind::lstm) {
+    const LstmGates<A> active = lstm_gates<Math>(pre);
+    gates[0] = active.i, gates[1] = active.f, gates[2] = active.g, gates[3] = active.o;
+  } else {
+    const GruGates<A> active = gru_gates<Math>(pre);
+    gates[0] = active.r, gates[1] = active.z, gates[2] = active.n, gates[3] = active.h_n;
+  }
+}
+
 template <class T>
 HSM_DEVICE void store_gates(void* gates, int64_t at, int hidden, const Accumulator<T> (&values)[4]) {
 #pragma unroll
@@ -125,11 +136,14 @@ auto with_type(ScalarKind dtype, Function function) {
 // Enqueues one thing after the other until one fails.
 class Queue {
  public:
-  explicit Queue(cudaStream_t stream) : stream_(stream) {}
+  Queue(cudaStream_t stream, const Products& products) : stream_(stream), products_(products) {}
 
   template <class... Parameters, class... Arguments>
   void run(void (*kernel)(Parameters...), const LaunchShape& shape, const Arguments&... arguments) {
     if (ok() && shape.grid_x > 0 && shape.grid_y > 0) status_ = launch(kernel, shape, stream_, arguments...);
+  }
+  void multiply(const BatchedProduct& product) {
+    if (ok() && product.rows > 0 && product.columns > 0) products_.multiply(products_.context, product);
   }
   void fill(void* data, int byte, int64_t bytes) {
     if (ok()) status_ = fill_async(data, byte, static_cast<size_t>(bytes), stream_);
@@ -142,6 +156,7 @@ class Queue {
 
  private:
   cudaStream_t stream_;
+  const Products& products_;
   cudaError_t status_ = cudaSuccess;
 };
 

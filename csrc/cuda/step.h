@@ -62,13 +62,21 @@ struct BackwardLayer {
   LayerGradients gradients;
 };
 
+// How much memory a pass takes at once; smaller ones make it go in more pieces.
+struct Limits {
+  // The input's product of so many steps is still in the GPU's cache when the rounds read it.
+  int64_t input_product_bytes = int64_t{32} << 20;
+  // The gradients of the pre-activations of one direction: rows enough for fast products over them.
+  int64_t gate_gradient_bytes = int64_t{128} << 20;
+};
+
 // Each pass first says how many bytes of device memory it needs, aligned to 256 bytes; their contents do not matter. The schedule
 // of the parameters is not looked at, and all their pointers are to memory of the current device.
-size_t forward_workspace(const ForwardParams& params);
-Status forward(const ForwardParams& params, void* workspace, const Products& products, CUstream_st* stream);
+size_t forward_workspace(const ForwardParams& params, const Limits& limits = {});
+Status forward(const ForwardParams& params, void* workspace, const Products& products, CUstream_st* stream, const Limits& limits = {});
 
-size_t backward_workspace(const BackwardLayer& layer);
-Status backward(const BackwardLayer& layer, void* workspace, const Products& products, CUstream_st* stream);
+size_t backward_workspace(const BackwardLayer& layer, const Limits& limits = {});
+Status backward(const BackwardLayer& layer, void* workspace, const Products& products, CUstream_st* stream, const Limits& limits = {});
 
 }  // namespace cuda
 }  // namespace hsm

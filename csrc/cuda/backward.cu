@@ -1,0 +1,589 @@
+// The backward pass of the step variant.
+//
+// A round takes the gradients of the pre-activations of the round before back through W_hh, which gives the gradient of the state
+// between two steps, and then goes through the cell of its own step. A lane is what does so: a sequence, or one of its segments where
+// all sequences are cut at the same, known steps. One more round delivers what the last one left.
+#include "cuda/layer.cuh"
+
+namespace hsm {
+namespace cuda {
+namespace {
+
+// A kernel's view of one round. `A` is Accumulator<T>.
+struct BackwardRound {
+  BackwardParams params;
+  int64_t index;
+  // Lane i has sequence i % N, and of that the (i / N)-th segment of `segment_steps` steps from `first_segment` on.
+  int64_t first_segment, segment_steps, lanes;
+  int64_t lane_stride;  // between directions, in the arrays below
+  const void* gates[max_directions];  // T: activated, of step `gates_first_step` on
+  int64_t gates_first_step[max_directions], gates_stride;  // elements between sequences
+  void* hidden_gates;  // T (D, lanes, G * H): gradients of the pre-activations as the rows of W_hh stand
+  void* from_gates;    // A (D, lanes, Hout): of the state that entered the step of the round before, by way of the gates
+  void* carried;       // A (D, lanes, H): the other way: of c for LSTM, of h through z for GRU
+  void* grad_h;        // T (D, lanes, Hout): with a projection, of the step's h
+  void* from_h;        // A (D, lanes, H): and of what was projected
+  void* reset_h;       // A (D, lanes, Hout) or null: sums for grad_reset_h
+  void* reset_c;       // A (D, lanes, H) or null
+};
+
+struct Visit {
+  int direction;
+  int64_t lane, sequence, step;
+  bool has_step;  // in this round
+  bool runs;      // and it is inside the sequence
+  bool leaves;    // what it leaves is the sequence's last state
+  bool enters_initial, enters_reset;  // what it was entered from; else the step before in its direction
+  // Where the gradient goes that the round before left: on into this step, or to the initial or the reset state, or nowhere.
+  bool goes_on, to_initial, to_reset;
+};
+
+HSM_DEVICE Visit visit_of(const BackwardRound& s, const Place& place) {
+  const Sizes& z = s.params.sizes;
+  const Sequences sequences{s.params.boundaries, z.steps};
+  const unsigned lane = static_cast<unsigned>(place.row), batch = static_cast<unsigned>(z.batch);
+  const int64_t n = lane % batch, begin = s.first_segment + (lane / batch) * s.segment_steps;
+  const int64_t whole_end = begin + s.segment_steps, end = whole_end < z.steps ? whole_end : z.steps;
+  const int reverse = place.direction;
+  const int64_t step = reverse ? begin + s.index : end - 1 - s.index, before = reverse ? step - 1 : step + 1;
+  const int64_t length = sequences.length(n), first = reverse ? length - 1 : 0;
+
+  Visit visit{reverse, place.row, n, step};
+  visit.has_step = step >= begin && step < end;
+  visit.runs = visit.has_step && step < length;
+  visit.leaves = reverse ? step == 0 : step == length - 1;
+  visit.enters_initial = step == first;
+  visit.enters_reset = visit.runs && sequences.resets(step + reverse, n);
+  if (s.index > 0 && before >= begin && before < end && before < length) {
+    const int64_t edge = before + reverse;
+    visit.to_reset = sequences.resets(edge, n);
+    const bool open = !visit.to_reset && !sequences.detaches(edge, n);
+    visit.to_initial = open && before == first;
+    visit.goes_on = open && before != first;
+  }
+  return visit;
+}
+
+HSM_DEVICE int64_t state_of(const Visit& visit, const Sizes& z) { return visit.direction * z.batch + visit.sequence; }
+HSM_DEVICE int64_t place_of(int64_t step, const Visit& visit, const Sizes& z) {
+  return (step * z.batch + visit.sequence) * z.directions + visit.direction;
+}
+
+// The gradient of an element of the state that left the visited step. `incoming`: what the round before left, which is delivered where the
+// step that it comes from began a segment. `size` is that of the state.
+template <class T>
+HSM_DEVICE Accumulator<T> state_gradient(const Visit& visit, Accumulator<T> incoming, const Sizes& z, int size, int unit, int64_t lane,
+                                         const void* grad_last, void* grad_initial, void* resets) {
+  using A = Accumulator<T>;
+  const int64_t at = state_of(visit, z) * size + unit;
+  if (visit.to_initial) store<T>(grad_initial, at, incoming);
+  if (visit.to_reset && resets) static_cast<A*>(resets)[lane * size + unit] += incoming;
+  if (!visit.runs) return 0;
+  return visit.leaves ? load<T>(grad_last, at) : visit.goes_on ? incoming : A{0};
+}
+
+// The gradient of an element of the hidden state that left the visited step, with that of the output.
+template <class T>
+HSM_DEVICE Accumulator<T> hidden_gradient(const BackwardRound& s, const Visit& visit, Accumulator<T> incoming, int unit, int64_t lane) {
+  const BackwardParams& p = s.params;
+  const int size = p.sizes.hidden_out;
+  const Accumulator<T> grad = state_gradient<T>(visit, incoming, p.sizes, size, unit, lane, p.grad_h_n, p.grad_h_0, s.reset_h);
+  return visit.runs ? grad + load<T>(p.grad_output, place_of(visit.step, visit, p.sizes) * size + unit) : 0;
+}
+
+// The state that entered the visited step.
+template <class T>
+HSM_DEVICE Accumulator<T> entered_state(const Visit& visit, const Sizes& z, int unit, const void* states, const void* initial, const void* reset) {
+  if (visit.enters_reset) return load<T>(reset, state_of(visit, z) * z.hidden + unit);
+  if (visit.enters_initial) return load<T>(initial, state_of(visit, z) * z.hidden + unit);
+  return load<T>(states, place_of(visit.direction ? visit.step + 1 : visit.step - 1, visit, z) * z.hidden + unit);
+}
+
+// A sequence without steps passes on what reaches its last state; for others the gradients of the initial state are zero until a
+// round brings some.
+template <class T>
+HSM_KERNEL(block_threads) begin_backward(HSM_ARGUMENT BackwardParams p) {
+  const Sizes& z = p.sizes;
+  const Place place = place_of_thread(z.batch, z.hidden);
+  if (!place.exists) return;
+  const bool empty = Sequences{p.boundaries, z.steps}.length(place.row) <= 0;
+  const int64_t row = place.direction * z.batch + place.row;
+  if (place.unit < z.hidden_out) {
+    const int64_t at = row * z.hidden_out + place.unit;
+    store<T>(p.grad_h_0, at, empty ? load<T>(p.grad_h_n, at) : 0);
+  }
+  if (z.cell == CellKind::lstm) {
+    const int64_t at = row * z.hidden + place.unit;
+    store<T>(p.grad_c_0, at, empty ? load<T>(p.grad_c_n, at) : 0);
+  }
+}
+
+// Before the projection.
+template <class T>
+HSM_KERNEL(block_threads) backward_projected(HSM_ARGUMENT BackwardRound s) {
+  using A = Accumulator<T>;
+  const Sizes& z = s.params.sizes;
+  const Place place = place_of_thread(s.lanes, z.hidden_out);
+  if (!place.exists) return;
+  const Visit visit = visit_of(s, place);
+  const int64_t lane = visit.direction * s.lane_stride + visit.lane, at = lane * z.hidden_out + place.unit;
+  const A grad = hidden_gradient<T>(s, visit, static_cast<const A*>(s.from_gates)[at], place.unit, lane);
+  store<T>(s.grad_h, at, grad);
+  if (visit.has_step) store<T>(s.params.grad_h, place_of(visit.step, visit, z) * z.hidden_out + place.unit, grad);
+}
+
+// Through the cell.
+template <class T, CellKind kind>
+HSM_KERNEL(block_threads) backward_cell(HSM_ARGUMENT BackwardRound s) {
+  using A = Accumulator<T>;
+  constexpr bool is_lstm = kind == CellKind::lstm;
+  const BackwardParams& p = s.params;
+  const Sizes& z = p.sizes;
+  const Place place = place_of_thread(s.lanes, z.hidden);
+  if (!place.exists) return;
+  const Visit visit = visit_of(s, place);
+  const int d = visit.direction, unit = place.unit;
+  const int64_t lane = d * s.lane_stride + visit.lane, at = lane * z.hidden + unit;
+  A* carried = static_cast<A*>(s.carried) + at;
+
+  A grad_hidden, grad_c = 0;
+  if (z.projection) {
+    grad_hidden = static_cast<const A*>(s.from_h)[at];
+  } else {
+    const A incoming = static_cast<const A*>(s.from_gates)[at];
+    grad_hidden = hidden_gradient<T>(s, visit, is_lstm ? incoming : incoming + *carried, unit, lane);
+  }
+  if constexpr (is_lstm) grad_c = state_gradient<T>(visit, *carried, z, z.hidden, unit, lane, p.grad_c_n, p.grad_c_0, s.reset_c);
+  if (!visit.has_step) return;
+
+  A grad_pre[4] = {0, 0, 0, 0};
+  if (visit.runs) {
+    const int64_t gates_at = ((visit.step - s.gates_first_step[d]) * z.batch + visit.sequence) * s.gates_stride + unit;
+    A gates[4];
+#pragma unroll
+    for (int g = 0; g < 4; ++g) gates[g] = load<T>(s.gates[d], gates_at + g * z.hidden);
+    if constexpr (is_lstm) {
+      const int64_t step_at = place_of(visit.step, visit, z) * z.hidden + unit;
+      grad_c += load<T>(p.grad_c_states, step_at);
+      const A c_prev = entered_state<T>(visit, z, unit, p.c_states, p.c_0, p.boundaries.reset_c);
+      lstm_cell_backward<Math>(LstmGates<A>{gates[0], gates[1], gates[2], gates[3]}, c_prev, load<T>(p.c_states, step_at), grad_hidden, grad_c,
+                               grad_pre, *carried);
+    } else {
+      const A h_prev = entered_state<T>(visit, z, unit, p.output, p.h_0, p.boundaries.reset_h);
+      gru_cell_backward(GruGates<A>{gates[0], gates[1], gates[2], gates[3]}, h_prev, grad_hidden, grad_pre, *carried);
+    }
+  }
+  store_gates<T>(p.grad_gates[d], ((visit.step - p.first_step[d]) * z.batch + visit.sequence) * 4 * z.hidden + unit, z.hidden, grad_pre);
+  constexpr int gate_count = is_lstm ? 4 : 3;
+#pragma unroll
+  for (int g = 0; g < gate_count; ++g)
+    store<T>(s.hidden_gates, (lane * gate_count + g) * z.hidden + unit, grad_pre[is_lstm || g < 2 ? g : 3]);
+}
+
+// What all segments of a sequence sent to its reset state, in the order of the segments.
+struct LaneSums {
+  int64_t batch, lanes, lane_stride;
+  int size;
+  const void* parts;  // A (D, lanes, size)
+  void* sums;         // T (D, N, size)
+};
+
+template <class T>
+HSM_KERNEL(block_threads) sum_lanes(HSM_ARGUMENT LaneSums s) {
+  using A = Accumulator<T>;
+  const Place place = place_of_thread(s.batch, s.size);
+  if (!place.exists) return;
+  A sum = 0;
+  for (int64_t lane = place.row; lane < s.lanes; lane += s.batch)
+    sum += static_cast<const A*>(s.parts)[(place.direction * s.lane_stride + lane) * s.size + place.unit];
+  store<T>(s.sums, (place.direction * s.batch + place.row) * s.size + place.unit, sum);
+}
+
+// The activated gates of many steps of one direction at once.
+struct GateRows {
+  Weights weights;
+  int hidden;
+  int64_t rows;
+  const void* input_product;  // A (rows, G * H)
+  const void* state_product;  // A (rows, G * H)
+  void* gates;                // T (rows, 4 * H)
+};
+
+template <class T, CellKind kind>
+HSM_KERNEL(block_threads) activate_gates(HSM_ARGUMENT GateRows s) {
+  using A = Accumulator<T>;
+  const Place place = place_of_thread(s.rows, s.hidden);
+  if (!place.exists) return;
+  const int64_t at = place.row * (kind == CellKind::lstm ? 4 : 3) * s.hidden;
+  A pre[4], gates[4];
+  preactivations<T, kind>(s.weights, s.hidden, place.unit, static_cast<const A*>(s.input_product) + at,
+                          static_cast<const A*>(s.state_product) + at, pre);
+  activate<kind>(pre, gates);
+  store_gates<T>(s.gates, place.row * 4 * s.hidden + place.unit, s.hidden, gates);
+}
+
+// Sums over the rows of a matrix, in two goes: of each slab of rows, then of the slabs.
+struct RowSums {
+  const void* matrix;  // T (rows, columns)
+  int64_t rows, slab_rows, slabs;
+  int columns;
+  void* slab_sums;  // A (slabs, columns)
+  void* totals;     // A (columns,)
+  void* result;     // T (columns,): the totals
+  bool add;         // to what `totals` holds
+};
+
+template <class T>
+HSM_KERNEL(block_threads) sum_slabs(HSM_ARGUMENT RowSums s) {
+  using A = Accumulator<T>;
+  const Place place = place_of_thread(s.slabs, s.columns);
+  if (!place.exists) return;
+  const int64_t begin = place.row * s.slab_rows, end = begin + s.slab_rows < s.rows ? begin + s.slab_rows : s.rows;
+  A sum = 0;
+  for (int64_t row = begin; row < end; ++row) sum += load<T>(s.matrix, row * s.columns + place.unit);
+  static_cast<A*>(s.slab_sums)[place.row * s.columns + place.unit] = sum;
+}
+
+template <class T>
+HSM_KERNEL(block_threads) sum_of_slabs(HSM_ARGUMENT RowSums s) {
+  using A = Accumulator<T>;
+  const Place place = place_of_thread(1, s.columns);
+  if (!place.exists) return;
+  A* total = static_cast<A*>(s.totals) + place.unit;
+  A sum = s.add ? *total : A{0};
+  for (int64_t slab = 0; slab < s.slabs; ++slab) sum += static_cast<const A*>(s.slab_sums)[slab * s.columns + place.unit];
+  *total = sum;
+  store<T>(s.result, place.unit, sum);
+}
+
+struct Rounding {
+  const void* from;  // A (rows, columns)
+  void* to;          // T (rows, columns)
+  int64_t rows;
+  int columns;
+};
+
+template <class T>
+HSM_KERNEL(block_threads) round_all(HSM_ARGUMENT Rounding s) {
+  const Place place = place_of_thread(s.rows, s.columns);
+  if (!place.exists) return;
+  const int64_t at = place.row * s.columns + place.unit;
+  store<T>(s.to, at, static_cast<const Accumulator<T>*>(s.from)[at]);
+}
+
+// Consecutive steps.
+struct Steps {
+  int64_t begin, end;
+  int64_t count() const { return end - begin; }
+};
+
+class BackwardPass {
+ public:
+  BackwardPass(const BackwardLayer& layer, const Limits& limits, void* workspace)
+      : layer_(layer), p_(round_.params), z_(layer.params.sizes), wide_(accumulator_kind(z_.dtype)) {
+    p_ = layer.params;
+    columns_ = gate_columns(z_);
+    element_ = element_bytes(z_.dtype), wide_bytes_ = element_bytes(wide_);
+    choose_chunks(limits);
+    const bool sums = p_.grad_reset_h != nullptr, lstm = z_.cell == CellKind::lstm;
+    const int64_t lanes = z_.directions * round_.lane_stride, chunk_rows = chunk_ * z_.batch, hidden = z_.hidden, out = z_.hidden_out;
+    Arena arena(workspace);
+    round_.hidden_gates = arena.take_bytes(lanes * columns_ * element_);
+    round_.from_gates = arena.take_bytes(lanes * out * wide_bytes_);
+    round_.carried = arena.take_bytes(lanes * hidden * wide_bytes_);
+    round_.grad_h = arena.take_bytes(z_.projection ? lanes * out * element_ : 0);
+    round_.from_h = arena.take_bytes(z_.projection ? lanes * hidden * wide_bytes_ : 0);
+    reset_bytes_h_ = sums ? lanes * out * wide_bytes_ : 0;
+    reset_bytes_c_ = sums && lstm ? lanes * hidden * wide_bytes_ : 0;
+    void* reset_h = arena.take_bytes(reset_bytes_h_);
+    void* reset_c = arena.take_bytes(reset_bytes_c_);
+    round_.reset_h = sums ? reset_h : nullptr;
+    round_.reset_c = sums ? reset_c : nullptr;
+    weight_hh_.reserve(arena, z_, columns_ * out);
+    weight_hr_.reserve(arena, z_, z_.projection ? out * hidden : 0);
+    for (int d = 0; d < z_.directions; ++d) {
+      p_.grad_gates[d] = arena.take_bytes(chunk_rows * 4 * hidden * element_);
+      gates_[d] = p_.recompute ? arena.take_bytes(chunk_rows * 4 * hidden * element_) : nullptr;
+      // Where several chunks add to a result of a 16-bit type, it is summed in float32.
+      const bool apart = adds_chunks() && wide_ != z_.dtype;
+      weight_ih_sum_[d] = apart && layer.gradients.weight_ih[d] ? arena.take_bytes(columns_ * layer.input_size * wide_bytes_) : nullptr;
+      weight_hh_sum_[d] = apart && layer.gradients.weight_hh[d] ? arena.take_bytes(columns_ * out * wide_bytes_) : nullptr;
+      bias_totals_[d] = arena.take_bytes(4 * hidden * wide_bytes_);
+    }
+    slab_sums_ = arena.take_bytes(most_slabs * 4 * hidden * wide_bytes_);
+    product_rows_ = between(1, limits.input_product_bytes / at_least_1(columns_ * wide_bytes_), chunk_rows);
+    // Whole steps, as the first one may have to be treated apart.
+    product_steps_ = at_least_1(product_rows_ / at_least_1(z_.batch));
+    const int64_t product_bytes = p_.recompute ? product_steps_ * z_.batch * columns_ * wide_bytes_ : 0;
+    input_product_ = arena.take_bytes(product_bytes);
+    state_product_ = arena.take_bytes(product_bytes);
+    workspace_bytes_ = arena.used();
+  }
+
+  size_t workspace_bytes() const { return workspace_bytes_; }
+
+  template <class T, CellKind kind>
+  cudaError_t run(const Products& products, cudaStream_t stream) {
+    Queue queue(stream, products);
+    const LayerGradients& g = layer_.gradients;
+    const int64_t rows = z_.steps * z_.batch;
+    for (int d = 0; d < z_.directions && rows == 0; ++d) {
+      if (g.weight_ih[d]) queue.fill(g.weight_ih[d], 0, columns_ * layer_.input_size * element_);
+      if (g.weight_hh[d]) queue.fill(g.weight_hh[d], 0, columns_ * z_.hidden_out * element_);
+      if (g.bias[d]) queue.fill(g.bias[d], 0, 4 * int64_t{z_.hidden} * element_);
+    }
+    if (z_.batch == 0) return queue.status();
+    if (g.input && z_.directions > 1) queue.fill(g.input, 0, rows * layer_.input_size * element_);
+    weight_hh_.fill(queue, p_.weights[0].weight_hh, p_.weights[1].weight_hh);
+    weight_hr_.fill(queue, p_.weights[0].weight_hr, p_.weights[1].weight_hr);
+    if (round_.reset_h) queue.fill(round_.reset_h, 0, reset_bytes_h_);
+    if (round_.reset_c) queue.fill(round_.reset_c, 0, reset_bytes_c_);
+    queue.run(begin_backward<T>, one_thread_each(z_.batch, z_.hidden, z_.directions), p_);
+    for (int64_t begin = 0; begin < z_.steps && queue.ok(); begin += chunk_) {
+      const int64_t end = begin + chunk_ < z_.steps ? begin + chunk_ : z_.steps;
+      for (int d = 0; d < z_.directions; ++d) {
+        steps_[d] = folds_ || d == 1 ? Steps{begin, end} : Steps{z_.steps - end, z_.steps - begin};
+        p_.first_step[d] = steps_[d].begin;
+        if (p_.recompute) compute_gates<T, kind>(queue, d);
+        set_gates(d);
+      }
+      if (folds_) {
+        round_.first_segment = begin;
+        round_.lanes = (end - begin + round_.segment_steps - 1) / round_.segment_steps * z_.batch;
+        run_rounds<T, kind>(queue, 0, round_.segment_steps, true);
+      } else {
+        run_rounds<T, kind>(queue, begin, end, end == z_.steps);
+      }
+      for (int d = 0; d < z_.directions; ++d) add_gradients<T>(queue, d, begin == 0, end == z_.steps);
+    }
+    sum_resets<T>(queue, z_.hidden_out, round_.reset_h, p_.grad_reset_h);
+    if (kind == CellKind::lstm) sum_resets<T>(queue, z_.hidden, round_.reset_c, p_.grad_reset_c);
+    return queue.status();
+  }
+
+ private:
+  static constexpr int64_t most_slabs = 512;
+
+  bool adds_chunks() const { return chunk_ < z_.steps; }
+
+  // Steps that go through the recurrence before the products over many steps: as many as the memory for their gradients has room for.
+  // Where all sequences are detached at every k-th step, whole segments of k steps, which then run beside each other.
+  void choose_chunks(const Limits& limits) {
+    constexpr int64_t most_rows = int64_t{1} << 30;  // products count in 32 bits
+    const int64_t row_bytes = 4 * int64_t{z_.hidden} * element_, most = limits.gate_gradient_bytes / row_bytes;
+    const int64_t fitting = (most < most_rows ? most : most_rows) / at_least_1(z_.batch);
+    const int64_t every = p_.boundaries.detach_every;
+    folds_ = every > 0 && every < z_.steps && fitting >= 2 * every;
+    const int64_t segments = folds_ ? (z_.steps + every - 1) / every : 1, together = folds_ ? between(1, fitting / every, segments) : 1;
+    chunk_ = folds_ ? between(1, together * every, z_.steps) : between(1, fitting, z_.steps);
+    round_.segment_steps = folds_ ? every : z_.steps;
+    round_.first_segment = 0;
+    round_.lanes = round_.lane_stride = together * z_.batch;
+  }
+
+  void set_gates(int d) {
+    round_.gates[d] = gates_[d];
+    round_.gates_first_step[d] = p_.first_step[d];
+    round_.gates_stride = 4 * int64_t{z_.hidden};
+    if (p_.recompute) return;
+    round_.gates[d] = static_cast<const char*>(p_.gates) + d * round_.gates_stride * element_;
+    round_.gates_first_step[d] = 0;
+    round_.gates_stride *= z_.directions;
+  }
+
+  // Rounds [first, last) of the segments at hand, and the one that delivers what the last one left.
+  template <class T, CellKind kind>
+  void run_rounds(Queue& queue, int64_t first, int64_t last, bool delivers) {
+    const LaunchShape units = one_thread_each(round_.lanes, z_.hidden, z_.directions);
+    const LaunchShape projected = one_thread_each(round_.lanes, z_.hidden_out, z_.directions);
+    for (int64_t r = first; r < last + delivers && queue.ok(); ++r) {
+      round_.index = r;
+      if (r > 0) queue.multiply(through(weight_hh_, z_.hidden_out, columns_, round_.hidden_gates, round_.from_gates));
+      if (z_.projection) {
+        queue.run(backward_projected<T>, projected, round_);
+        if (r < last) queue.multiply(through(weight_hr_, z_.hidden, z_.hidden_out, round_.grad_h, round_.from_h));
+      }
+      queue.run(backward_cell<T, kind>, units, round_);
+    }
+  }
+
+  // (D, lanes, outputs) = (D, lanes, inputs) @ weights (D, inputs, outputs).
+  BatchedProduct through(const StackedWeights& weights, int64_t outputs, int64_t inputs, const void* from, void* to) const {
+    BatchedProduct product{z_.dtype, wide_, z_.directions, round_.lanes, outputs, inputs};
+    product.a = from, product.a_batch_stride = round_.lane_stride * inputs, product.a_row_stride = inputs, product.a_depth_stride = 1;
+    product.b = weights.data(), product.b_batch_stride = outputs * inputs, product.b_depth_stride = outputs, product.b_column_stride = 1;
+    product.c = to, product.c_batch_stride = round_.lane_stride * outputs, product.c_row_stride = outputs;
+    return product;
+  }
+
+  // States that entered some steps of a direction: a matrix with a row for each step and sequence.
+  struct Entering {
+    Steps steps;
+    const void* states;
+    int64_t row_stride;
+  };
+
+  // Calls visit(entering) for pieces that cover `steps`, but for steps that were entered from zero.
+  template <class Visit>
+  void for_each_entering(int d, const Steps& steps, Visit visit) const {
+    const int64_t out = z_.hidden_out, all = z_.directions * out;
+    if (steps.count() <= 0) return;
+    if (layer_.entering) return visit(Entering{steps, at(layer_.entering, (d * z_.steps + steps.begin) * z_.batch * out), out});
+    Steps others = steps;
+    const int64_t first = d ? z_.steps - 1 : 0;
+    if (steps.begin <= first && first < steps.end) {
+      if (p_.h_0) visit(Entering{{first, first + 1}, at(p_.h_0, d * z_.batch * out), out});
+      (d ? others.end : others.begin) += d ? -1 : 1;
+    }
+    const int64_t before = others.begin + (d ? 1 : -1);
+    if (others.count() > 0) visit(Entering{others, at(p_.output, before * z_.batch * all + d * out), all});
+  }
+
+  const void* at(const void* data, int64_t elements) const { return static_cast<const char*>(data) + elements * element_; }
+  void* at(void* data, int64_t elements, int64_t bytes) const { return static_cast<char*>(data) + elements * bytes; }
+
+  // The activated gates of the chunk's steps, from the states that entered them.
+  template <class T, CellKind kind>
+  void compute_gates(Queue& queue, int d) {
+    const Weights& w = p_.weights[d];
+    for (int64_t begin = steps_[d].begin; begin < steps_[d].end && queue.ok(); begin += product_steps_) {
+      const Steps steps{begin, begin + product_steps_ < steps_[d].end ? begin + product_steps_ : steps_[d].end};
+      const int64_t rows = steps.count() * z_.batch;
+      const void* input = at(layer_.input, begin * z_.batch * layer_.input_size);
+      queue.multiply(projection(input, layer_.input_size, rows, w.weight_ih, layer_.input_size, input_product_));
+      int64_t covered = 0;
+      for_each_entering(d, steps, [&](const Entering& e) { covered += e.steps.count(); });
+      if (covered < steps.count()) queue.fill(state_product_, 0, rows * columns_ * wide_bytes_);
+      for_each_entering(d, steps, [&](const Entering& e) {
+        void* to = at(state_product_, (e.steps.begin - begin) * z_.batch * columns_, wide_bytes_);
+        queue.multiply(projection(e.states, e.row_stride, e.steps.count() * z_.batch, w.weight_hh, z_.hidden_out, to));
+      });
+      void* gates = at(gates_[d], (begin - steps_[d].begin) * z_.batch * 4 * z_.hidden, element_);
+      const GateRows gate_rows{w, z_.hidden, rows, input_product_, state_product_, gates};
+      queue.run(activate_gates<T, kind>, one_thread_each(rows, z_.hidden, 1), gate_rows);
+    }
+  }
+
+  // A (rows, G * H) = rows (rows, inputs) @ weight (G * H, inputs) transposed.
+  BatchedProduct projection(const void* from, int64_t row_stride, int64_t rows, const void* weight, int64_t inputs, void* to) const {
+    BatchedProduct product{z_.dtype, wide_, 1, rows, columns_, inputs};
+    product.a = from, product.a_row_stride = row_stride, product.a_depth_stride = 1;
+    product.b = weight, product.b_depth_stride = 1, product.b_column_stride = inputs;
+    product.c = to, product.c_row_stride = columns_;
+    return product;
+  }
+
+  // What the chunk adds to the results of one direction.
+  template <class T>
+  void add_gradients(Queue& queue, int d, bool first, bool last) {
+    const LayerGradients& g = layer_.gradients;
+    const int64_t rows = steps_[d].count() * z_.batch, inputs = layer_.input_size, hidden = z_.hidden, out = z_.hidden_out;
+    if (g.input) {
+      BatchedProduct product{z_.dtype, z_.dtype, 1, rows, inputs, columns_};
+      product.a = p_.grad_gates[d], product.a_row_stride = 4 * hidden, product.a_depth_stride = 1;
+      product.b = p_.weights[d].weight_ih, product.b_depth_stride = inputs, product.b_column_stride = 1;
+      product.c = at(g.input, steps_[d].begin * z_.batch * inputs, element_), product.c_row_stride = inputs;
+      product.add = z_.directions > 1;  // filled with zeros before
+      queue.multiply(product);
+    }
+    if (!g.weight_ih[d]) return;
+    const WeightSum ih{weight_ih_sum_[d] ? weight_ih_sum_[d] : g.weight_ih[d], weight_ih_sum_[d] ? wide_ : z_.dtype, inputs};
+    const WeightSum hh{weight_hh_sum_[d] ? weight_hh_sum_[d] : g.weight_hh[d], weight_hh_sum_[d] ? wide_ : z_.dtype, out};
+    const void* input = at(layer_.input, steps_[d].begin * z_.batch * inputs);
+    add_weights(queue, d, {steps_[d], input, inputs}, ih, 0, columns_, 0, !first);
+    if (z_.cell == CellKind::lstm) {
+      add_hidden(queue, d, hh, 0, 4 * hidden, 0, first);
+    } else {
+      add_hidden(queue, d, hh, 0, 2 * hidden, 0, first);
+      add_hidden(queue, d, hh, 2 * hidden, hidden, 3 * hidden, first);
+    }
+    if (last && weight_ih_sum_[d]) round_result<T>(queue, ih, g.weight_ih[d]);
+    if (last && weight_hh_sum_[d]) round_result<T>(queue, hh, g.weight_hh[d]);
+    RowSums sums{p_.grad_gates[d], rows};
+    sums.slab_rows = at_least_1((rows + most_slabs - 1) / most_slabs);
+    sums.slabs = (rows + sums.slab_rows - 1) / sums.slab_rows;
+    sums.columns = 4 * z_.hidden;
+    sums.slab_sums = slab_sums_, sums.totals = bias_totals_[d], sums.result = g.bias[d], sums.add = !first;
+    queue.run(sum_slabs<T>, one_thread_each(sums.slabs, sums.columns, 1), sums);
+    queue.run(sum_of_slabs<T>, one_thread_each(1, sums.columns, 1), sums);
+  }
+
+  // A weight's gradient (G * H, inputs).
+  struct WeightSum {
+    void* data;
+    ScalarKind dtype;
+    int64_t inputs;
+  };
+
+  // `count` rows of a weight's gradient, from the gates' gradients at `column` and what the weight was multiplied with.
+  void add_weights(Queue& queue, int d, const Entering& states, const WeightSum& sum, int64_t row, int64_t count, int64_t column, bool add) const {
+    const int64_t stride = 4 * int64_t{z_.hidden};
+    BatchedProduct product{z_.dtype, sum.dtype, 1, count, sum.inputs, states.steps.count() * z_.batch};
+    product.a = at(p_.grad_gates[d], (states.steps.begin - steps_[d].begin) * z_.batch * stride + column);
+    product.a_row_stride = 1, product.a_depth_stride = stride;
+    product.b = states.states, product.b_depth_stride = states.row_stride, product.b_column_stride = 1;
+    product.c = at(sum.data, row * sum.inputs, element_bytes(sum.dtype)), product.c_row_stride = sum.inputs;
+    product.add = add;
+    queue.multiply(product);
+  }
+
+  void add_hidden(Queue& queue, int d, const WeightSum& sum, int64_t row, int64_t count, int64_t column, bool first) const {
+    bool add = !first;
+    for_each_entering(d, steps_[d], [&](const Entering& states) {
+      add_weights(queue, d, states, sum, row, count, column, add);
+      add = true;
+    });
+    const int64_t bytes = element_bytes(sum.dtype);
+    if (!add) queue.fill(at(sum.data, row * sum.inputs, bytes), 0, count * sum.inputs * bytes);
+  }
+
+  template <class T>
+  void round_result(Queue& queue, const WeightSum& sum, void* result) const {
+    const Rounding rounding{sum.data, result, columns_, static_cast<int>(sum.inputs)};
+    queue.run(round_all<T>, one_thread_each(rounding.rows, rounding.columns, 1), rounding);
+  }
+
+  template <class T>
+  void sum_resets(Queue& queue, int size, const void* parts, void* sums) const {
+    if (!parts) return;
+    const LaneSums lane_sums{z_.batch, round_.lane_stride, round_.lane_stride, size, parts, sums};
+    queue.run(sum_lanes<T>, one_thread_each(z_.batch, size, z_.directions), lane_sums);
+  }
+
+  const BackwardLayer& layer_;
+  BackwardRound round_{};
+  BackwardParams& p_;  // the round's
+  const Sizes z_;
+  const ScalarKind wide_;  // what T is accumulated in
+  int64_t element_, wide_bytes_;
+  int64_t columns_;         // G * H
+  bool folds_;              // segments of all sequences run beside each other
+  int64_t chunk_;           // steps
+  Steps steps_[max_directions];  // of the chunk at hand
+  void* gates_[max_directions] = {};
+  void* weight_ih_sum_[max_directions] = {};  // of all chunks, or null
+  void* weight_hh_sum_[max_directions] = {};
+  void* bias_totals_[max_directions] = {};
+  void* slab_sums_;
+  int64_t product_rows_, product_steps_;
+  void* input_product_;  // of product_steps_ steps
+  void* state_product_;
+  StackedWeights weight_hh_, weight_hr_;
+  int64_t reset_bytes_h_, reset_bytes_c_;
+  size_t workspace_bytes_;
+};
+
+}  // namespace
+
+size_t backward_workspace(const BackwardLayer& layer, const Limits& limits) { return BackwardPass(layer, limits, nullptr).workspace_bytes(); }
+
+Status backward(const BackwardLayer& layer, void* workspace, const Products& products, CUstream_st* stream, const Limits& limits) {
+  BackwardPass pass(layer, limits, workspace);
+  return with_type(layer.params.sizes.dtype, [&](auto type) {
+    using T = decltype(type);
+    return layer.params.sizes.cell == CellKind::lstm ? pass.run<T, CellKind::lstm>(products, stream) : pass.run<T, CellKind::gru>(products, stream);
+  });
+}
+
+}  // namespace cuda
+}  // namespace hsm
