@@ -1,8 +1,12 @@
 """Decides whether the native library is built now; hsm_kernels/_build says of what and how.
 
-HSM_KERNELS_BUILD=auto   build it if this machine can (default), else leave it to the first import
-HSM_KERNELS_BUILD=cpu    build it or fail
+HSM_KERNELS_BUILD=auto   build what this machine can (default): with CUDA kernels where torch has CUDA and there is a
+                         toolkit; without a C++ compiler, leave it to the first import
+HSM_KERNELS_BUILD=cpu    build it without CUDA kernels, or fail
+HSM_KERNELS_BUILD=cuda   build it with CUDA kernels, or fail; torch need not have CUDA
 HSM_KERNELS_BUILD=none   leave it to the first import
+
+HSM_KERNELS_CUDA_ARCHS   the GPUs that the CUDA kernels are for, like "80 90a 100+PTX"
 """
 
 import importlib
@@ -19,7 +23,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD_MODES = ("auto", "none", "cpu")
+BUILD_MODES = ("auto", "none", "cpu", "cuda")
 
 
 def load_by_path(name: str) -> ModuleType:
@@ -36,6 +40,7 @@ def load_by_path(name: str) -> ModuleType:
 
 
 compilation = load_by_path("compilation")
+cuda = load_by_path("cuda")
 description = load_by_path("description")
 toolchain = load_by_path("toolchain")
 
@@ -53,44 +58,66 @@ def torch_root() -> Path:
     raise toolchain.Unavailable("torch is not installed here; install it first, or use --no-build-isolation if it is")
 
 
+#: A source that needs what the kernels need of a toolkit.
+CUDA_PROBE = """
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+__global__ void kernel(float* x) { *x = __bfloat162float(__float2bfloat16_rn(*x)); }
+void run(float* x) { kernel<<<1, 1>>>(x); }
+"""
+
+
 def build(
-    sources: description.Description, work: Path, output: Path
+    sources: description.Description, toolkit: cuda.Toolkit | None, work: Path, output: Path
 ) -> tuple[toolchain.Compiler, description.Description]:
     """Compile with what this machine has. Returns the compiler that was used, and what it built."""
     compiler = toolchain.find_compiler(os.environ)
     torch = toolchain.torch_files(torch_root())
-    built = compilation.build_library(sources, compiler, torch, work=work, output=output, environ=os.environ)
+    built = compilation.build_library(sources, compiler, torch, toolkit, work=work, output=output, environ=os.environ)
     return compiler, built
 
 
-def why_not() -> str | None:
+def why_not(choice: cuda.Choice) -> str | None:
     """Why nothing can be built here, None if it can: tried on the smallest library."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        source = root / description.PYTHON_MODULE_SOURCE
-        source.parent.mkdir()
-        source.write_text("#include <Python.h>\n#include <torch/csrc/stable/library.h>\n")
+        probes = {description.PYTHON_MODULE_SOURCE: "#include <Python.h>\n#include <torch/csrc/stable/library.h>\n"}
+        if choice.toolkit:
+            probes["cuda/probe.cu"] = CUDA_PROBE
+        for name, text in probes.items():
+            (root / name).parent.mkdir()
+            (root / name).write_text(text)
         try:
-            build(description.describe(root, python_module=True), root, root / "probe.so")
+            probe = description.describe(root, python_module=True, cuda_archs=choice.archs)
+            build(probe, choice.toolkit, root, root / "probe.so")
         except (toolchain.Unavailable, compilation.CompileError) as error:
             return str(error)
     return None
 
 
-def builds_ahead() -> bool:
-    """What HSM_KERNELS_BUILD and this machine decide."""
+def choose() -> cuda.Choice | None:
+    """What HSM_KERNELS_BUILD and this machine decide; None: nothing is built."""
     mode = os.environ.get("HSM_KERNELS_BUILD", "auto")
     if mode not in BUILD_MODES:
         sys.exit(f"HSM_KERNELS_BUILD must be one of {', '.join(BUILD_MODES)}; got {mode!r}")
     if mode == "none":
-        return False
-    reason = why_not()
+        return None
+    try:
+        choice = cuda.choose(os.environ, torch_root(), ahead=True)
+        reason = why_not(choice)
+        if reason and choice.toolkit and mode == "auto":
+            choice = cuda.Choice(None, reason=reason)
+            reason = why_not(choice)
+    except toolchain.Unavailable as error:
+        reason = str(error)
     if reason is None:
-        return True
-    if mode == "cpu":
-        sys.exit(f"HSM_KERNELS_BUILD=cpu, but the native library cannot be built: {reason}")
+        if not choice.toolkit and mode == "auto":
+            print(f"hsm_kernels: no CUDA kernels are built: {choice.reason}", file=sys.stderr)
+        return choice
+    if mode != "auto":
+        sys.exit(f"HSM_KERNELS_BUILD={mode}, but the native library cannot be built: {reason}")
     print(f"hsm_kernels: the native library is left to the first import: {reason}", file=sys.stderr)
-    return False
+    return None
 
 
 class BuildLibrary(build_ext):
@@ -103,7 +130,7 @@ class BuildLibrary(build_ext):
         for folder in (output.parent, work):
             folder.mkdir(parents=True, exist_ok=True)
         try:
-            compiler, built = build(sources, work, output)
+            compiler, built = build(sources, choice.toolkit, work, output)
         except compilation.CompileError as error:
             hint = "HSM_KERNELS_BUILD=none installs without the native library"
             sys.exit(f"{error.log}\nhsm_kernels: the C++ compiler failed: {error}\n{hint}")
@@ -111,7 +138,8 @@ class BuildLibrary(build_ext):
             "digest": sources.digest(),
             "flags": built.flags,
             "left_out": built.left_out,
-            "compiler": f"{Path(compiler.command[0]).name} {compiler.version()}",
+            "compiler": f"{Path(compiler.command[0]).name} {compilation.versions(compiler, choice.toolkit)}",
+            "cuda_archs": sources.cuda_archs,
         }
         output.with_suffix(".json").write_text(json.dumps(record, indent=1))
 
@@ -123,8 +151,8 @@ class BuildLibrary(build_ext):
             self.copy_file(str(record), str(ROOT / "hsm_kernels" / record.name))
 
 
-sources = description.describe(ROOT / "csrc", python_module=True)
-native = builds_ahead()
+choice = choose()
+sources = description.describe(ROOT / "csrc", python_module=True, cuda_archs=choice.archs if choice else ())
 extension = Extension("hsm_kernels._C", list(sources.sources), py_limited_api=True)
 setup(
     version=description.VERSION,
@@ -132,7 +160,7 @@ setup(
     package_dir={"hsm_kernels.csrc": "csrc"},
     package_data={"hsm_kernels": ["py.typed"], "hsm_kernels.csrc": list(sources.files)},
     include_package_data=False,
-    ext_modules=[extension] if native else [],
+    ext_modules=[extension] if choice else [],
     cmdclass={"build_ext": BuildLibrary},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if choice else {},
 )

@@ -120,6 +120,17 @@ def nested_forward_mode() -> bool:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
 
 
+def allows_tf32(input: torch.Tensor) -> bool:
+    """Whether products of a call on a GPU may take TF32: torch's setting for its own RNNs decides."""
+    return input.is_cuda and input.dtype == torch.float32 and _rnn_precision() == "tf32"
+
+
+# A compiled call keeps the setting with which it was traced.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _rnn_precision() -> str:
+    return str(torch.backends.cudnn.rnn.fp32_precision)  # type: ignore[attr-defined]
+
+
 def always_takes_cpu_kernels() -> bool:
     """Whether every call on the CPU that has a kernel takes it: no other backend was chosen, no transform is active."""
     return (

@@ -8,11 +8,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ._build import description
+
+if TYPE_CHECKING:
+    from ._build import cuda
 
 _PACKAGE = Path(__file__).parent
 _AHEAD_OF_TIME = _PACKAGE / "_C.abi3.so"
@@ -29,6 +32,7 @@ class BuildInfo:
     library: Path | None  #: the loaded file
     compiler: str | None  #: what compiled it, with version and target
     flags: tuple[str, ...]  #: what it was compiled and linked with
+    cuda_archs: tuple[str, ...]  #: the GPU architectures that its CUDA kernels are for; none: it has none
     cache_directory: Path | None  #: where the just-in-time library lies
     reasons: tuple[str, ...]  #: why something was not used, in the order in which it was tried
 
@@ -45,6 +49,7 @@ class BuildInfo:
             "native library": f"{self.library} (built {self.how})" if self.loaded else "none",
             "compiler": self.compiler,
             "flags": " ".join(self.flags),
+            "CUDA kernels": ", ".join(f"sm_{arch}" for arch in self.cuda_archs) or ("none" if self.loaded else None),
             "cache": self.cache_directory,
         }
         lines = [f"{name + ':':<16}{value}" for name, value in rows.items() if value]
@@ -73,7 +78,7 @@ def load() -> BuildInfo:
     It tries the library that was installed, then one in the cache, then it compiles one. The
     variable ``HSM_KERNELS_JIT`` decides about the latter two: ``auto`` (default), ``0`` never,
     ``1`` raise instead of going on without a library, ``force`` compile now, whatever is there.
-    ``HSM_KERNELS_BUILD=none`` loads nothing.
+    ``HSM_KERNELS_BUILD=none`` loads nothing; ``cpu`` compiles no CUDA kernels, ``cuda`` nothing without them.
 
     Raises:
         RuntimeError: with ``HSM_KERNELS_JIT=1``, when no library could be loaded.
@@ -127,17 +132,18 @@ def _info(
         library=library,
         compiler=record.get("compiler"),
         flags=tuple(record.get("flags", ())),
+        cuda_archs=tuple(record.get("cuda_archs", ())),
         cache_directory=library.parent.parent if library and how == "just in time" else None,
         reasons=(*reasons, *record.get("left_out", ())),
     )
 
 
-def _description() -> description.Description:
+def _description(cuda_archs: tuple[str, ...] = ()) -> description.Description:
     """The sources: inside an installed package, or beside the package in the repository."""
     repository = _PACKAGE.parent
-    if (_PACKAGE / "csrc").is_dir() or not (repository / "pyproject.toml").is_file():
-        return description.describe(_PACKAGE / "csrc", python_module=False)
-    return description.describe(repository / "csrc", python_module=False)
+    inside = (_PACKAGE / "csrc").is_dir() or not (repository / "pyproject.toml").is_file()
+    root = (_PACKAGE if inside else repository) / "csrc"
+    return description.describe(root, python_module=False, cuda_archs=cuda_archs)
 
 
 def _load_into_torch(library: Path) -> None:
@@ -150,7 +156,7 @@ def _ahead_of_time(reasons: list[str]) -> BuildInfo | None:
         return None
     try:
         record = json.loads(_AHEAD_OF_TIME.with_suffix(".json").read_text())
-        if record["digest"] != _description().digest():
+        if record["digest"] != _description(tuple(record.get("cuda_archs", ()))).digest():
             reasons.append(f"ahead of time: {_AHEAD_OF_TIME} is stale; reinstall hsm_kernels")
             return None
         _load_into_torch(_AHEAD_OF_TIME)
@@ -168,26 +174,47 @@ def _just_in_time(mode: str, environ: Mapping[str, str], reasons: list[str]) -> 
     if sys.platform != "linux":
         reasons.append(f"just in time: the native library is for Linux, this is {sys.platform}")
         return None
-    from ._build import jit  # not needed where a library was built ahead
+    from ._build import cuda  # not needed where a library was built ahead
 
-    request = jit.Request(
-        _description(),
-        Path(torch.__file__).parent,
-        torch.__version__,
-        environ,
-        rebuild=mode == "force",
-        retry=mode in ("1", "force"),
-        refused=reasons,
-    )
+    torch_root = Path(torch.__file__).parent
     try:
-        entry = jit.obtain(request)
-        try:
-            _load_into_torch(entry.library)
-        except OSError:
-            entry = jit.obtain(request, damaged=entry)
-            _load_into_torch(entry.library)
+        choice = cuda.choose(environ, torch_root, ahead=False)
+        if choice.toolkit:
+            try:
+                return _compiled(mode, environ, reasons, torch_root, choice)
+            # The kernels for the CPU are better than none.
+            except Exception as error:
+                if environ.get("HSM_KERNELS_BUILD") == "cuda":
+                    raise
+                choice = cuda.Choice(None, reason=str(error))
+        reasons.append(f"CUDA kernels: {choice.reason}")
+        return _compiled(mode, environ, reasons, torch_root, choice)
     # An import must not fail for the want of something faster.
     except Exception as error:
         reasons.append(f"just in time: {error}")
         return None
+
+
+def _compiled(
+    mode: str, environ: Mapping[str, str], reasons: list[str], torch_root: Path, choice: "cuda.Choice"
+) -> BuildInfo:
+    """The library from the cache or the compiler, loaded."""
+    from ._build import jit
+
+    request = jit.Request(
+        _description(choice.archs),
+        torch_root,
+        torch.__version__,
+        environ,
+        choice.toolkit,
+        rebuild=mode == "force",
+        retry=mode in ("1", "force"),
+        refused=reasons,
+    )
+    entry = jit.obtain(request)
+    try:
+        _load_into_torch(entry.library)
+    except OSError:
+        entry = jit.obtain(request, damaged=entry)
+        _load_into_torch(entry.library)
     return _info("just in time", entry.library, entry.record, reasons)

@@ -10,9 +10,11 @@ each step, ``(D, L, N, Hout)``, must be given with ``reset_mask`` or ``lengths``
 the lengths. Backward operators return the gradients of the input and states, then for each direction those of
 ``weight_ih``, of ``weight_hh``, and of the pre-activations summed over steps and sequences, ``(4 * H,)``, in GRU r, z
 and the input and hidden half of n; with a projection also that of every step's ``h``, ``grad_h`` ``(L, N, D, Hout)``.
-``product`` is ``a @ b``, by a kernel of our own where that is faster than torch's.
+``product`` is ``a @ b``, by a kernel of our own where that is faster than torch's. ``detach_every`` = k says that
+``detach_mask`` holds for every sequence at steps k, 2k, ..., which a GPU cannot know without reading the mask back; 0
+says nothing. ``allow_tf32`` allows TF32 in products of float32; the CPU has none.
 
-The native library adds CPU kernels for the same operators; they win over the fallback by dispatch.
+The native library adds CPU and CUDA kernels for the same operators; they win over the fallback by dispatch.
 """
 
 from functools import partial
@@ -45,21 +47,22 @@ _WEIGHT_GRADIENTS = ", ".join(
 
 _SCHEMAS = {
     "lstm_forward": f"(Tensor input, Tensor? h_0, Tensor? c_0, {_weight_arguments(_LSTM_WEIGHTS)}, "
-    "Tensor? reset_mask, Tensor? reset_h, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths, "
-    "bool return_states, bool recompute, bool training) -> "
+    "Tensor? reset_mask, Tensor? reset_h, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths, int detach_every, "
+    "bool allow_tf32, bool return_states, bool recompute, bool training) -> "
     "(Tensor output, Tensor h_n, Tensor c_n, Tensor c_states, Tensor gates)",
     "lstm_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_c_states, Tensor input, "
     "Tensor? h_0, Tensor? c_0, Tensor output, Tensor c_states, Tensor? gates, Tensor? entering, "
     f"{_weight_arguments(_LSTM_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths, "
-    "bool needs_input, bool needs_weights) -> "
+    "int detach_every, bool allow_tf32, bool needs_input, bool needs_weights) -> "
     "(Tensor grad_input, Tensor grad_h, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c, "
     f"{_WEIGHT_GRADIENTS})",
     "gru_forward": f"(Tensor input, Tensor? h_0, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, "
-    "Tensor? reset_h, Tensor? detach_mask, Tensor? lengths, bool recompute, bool training) -> "
+    "Tensor? reset_h, Tensor? detach_mask, Tensor? lengths, int detach_every, bool allow_tf32, bool recompute, "
+    "bool training) -> "
     "(Tensor output, Tensor h_n, Tensor gates)",
     "gru_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? h_0, Tensor output, Tensor? gates, "
     f"Tensor? entering, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_h, Tensor? detach_mask, "
-    "Tensor? lengths, bool needs_input, bool needs_weights) -> "
+    "Tensor? lengths, int detach_every, bool allow_tf32, bool needs_input, bool needs_weights) -> "
     f"(Tensor grad_input, Tensor grad_h_0, Tensor grad_reset_h, {_WEIGHT_GRADIENTS})",
     "product": "(Tensor a, Tensor b) -> Tensor",
 }
@@ -86,7 +89,7 @@ def _directions(arguments: tuple[Tensor | None, ...]) -> list[Weights]:
 
 
 def _lstm_forward_fallback(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, reset_c, _, lengths, return_states, recompute, training) = (
+    weights, (reset_mask, reset_h, reset_c, _, lengths, _, _, return_states, recompute, training) = (
         _directions(rest[:10]),
         rest[10:],
     )
@@ -97,7 +100,7 @@ def _lstm_forward_fallback(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tup
 
 
 def _gru_forward_fallback(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, _, lengths, recompute, training) = _directions(rest[:8]), rest[8:]
+    weights, (reset_mask, reset_h, _, lengths, _, _, recompute, training) = _directions(rest[:8]), rest[8:]
     return _fallback.gru_forward(input, h_0, weights, reset_mask, reset_h, lengths, training and not recompute)
 
 
@@ -116,7 +119,10 @@ def _lstm_backward_fallback(
     *rest: Any,
     samples: int | None = None,
 ) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_c, detach_mask, lengths, needs_input, needs_weights) = _directions(rest[:10]), rest[10:]
+    weights, (reset_mask, reset_c, detach_mask, lengths, _, _, needs_input, needs_weights) = (
+        _directions(rest[:10]),
+        rest[10:],
+    )
     layer = Layer(
         input, (h_0, c_0), weights, reset_mask, (None, reset_c), detach_mask, lengths,
         (_by_direction(output, len(weights)), c_states), gates, entering,
@@ -140,7 +146,10 @@ def _gru_backward_fallback(
     *rest: Any,
     samples: int | None = None,
 ) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, detach_mask, lengths, needs_input, needs_weights) = _directions(rest[:8]), rest[8:]
+    weights, (reset_mask, reset_h, detach_mask, lengths, _, _, needs_input, needs_weights) = (
+        _directions(rest[:8]),
+        rest[8:],
+    )
     layer = Layer(
         input, (h_0,), weights, reset_mask, (reset_h,), detach_mask, lengths,
         (_by_direction(output, len(weights)),), gates, entering,
@@ -242,7 +251,15 @@ def _product_fake(a: Tensor, b: Tensor) -> Tensor:
 # gradients
 
 
-def _save(ctx: Any, tensors: tuple[Tensor | None, ...], gates: Tensor, recompute: bool, training: bool) -> None:
+def _save(
+    ctx: Any,
+    tensors: tuple[Tensor | None, ...],
+    gates: Tensor,
+    detach_every: int,
+    allow_tf32: bool,
+    recompute: bool,
+    training: bool,
+) -> None:
     if not training:
         raise RuntimeError(
             f"{NAMESPACE}: gradients were asked for of a call made with training=False; pass training=True"
@@ -250,6 +267,7 @@ def _save(ctx: Any, tensors: tuple[Tensor | None, ...], gates: Tensor, recompute
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
     ctx.recompute = recompute
+    ctx.hints = (detach_every, allow_tf32)
     ctx.save_for_backward(*tensors)
     if forward_ad._current_level >= 0:
         ctx.save_for_forward(*tensors)
@@ -257,7 +275,7 @@ def _save(ctx: Any, tensors: tuple[Tensor | None, ...], gates: Tensor, recompute
 
 def _lstm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     result, _, _, c_states, gates = output
-    _save(ctx, (*inputs[:18], result, c_states, gates), gates, *inputs[19:])
+    _save(ctx, (*inputs[:18], result, c_states, gates), gates, *inputs[18:20], *inputs[21:])
 
 
 def _lstm_gradients(
@@ -275,7 +293,7 @@ def _lstm_gradients(
     grad_input, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c, *found = (
         _lstm_backward(
             *grads, input, h_0, c_0, output, c_states, gates, entering, *saved[3:13], reset_mask, reset_c, detach_mask,
-            lengths, needs[0], any(needs[3:13]), differentiable=torch.is_grad_enabled(),
+            lengths, *ctx.hints, needs[0], any(needs[3:13]), differentiable=torch.is_grad_enabled(),
         )
     )  # fmt: skip
     grad_weights: list[Tensor | None] = [None] * 10
@@ -291,7 +309,7 @@ def _lstm_gradients(
         None,
         grad_reset_h if has_resets else None,
         grad_reset_c if has_resets else None,
-        None, None, None, None, None,
+        None, None, None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -312,7 +330,7 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
     gates, input, entering = _backward_operands(layer, output, gru_gates)
     grad_input, grad_h_0, grad_reset_h, *found = _gru_backward(
         *grads, input, h_0, output, gates, entering, *saved[2:10], reset_mask, reset_h, detach_mask, lengths,
-        needs[0], any(needs[2:10]), differentiable=torch.is_grad_enabled(),
+        *ctx.hints, needs[0], any(needs[2:10]), differentiable=torch.is_grad_enabled(),
     )  # fmt: skip
     hidden = weights[0].weight_hh.size(1)
     grad_weights: list[Tensor | None] = [None] * 8
@@ -325,7 +343,7 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
         *grad_weights,
         None,
         grad_reset_h if reset_h is not None else None,
-        None, None, None, None,
+        None, None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -337,8 +355,8 @@ def _asked(needs: tuple[bool, ...], *grads: Tensor | None) -> list[Tensor | None
 def _backward_operands(layer: Layer, output: Tensor, gates_of: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """The arguments gates, input and entering of a backward operator.
 
-    Gates that were not kept are computed by the operator, in float32 and float64, in the memory of its results. A
-    projection needs them once more.
+    Gates that were not kept are computed by the operator: on the CPU in float32 and float64, in the memory of its
+    results, on a GPU for some steps at a time. A projection needs them once more.
     """
     input, h_0, weights = without_padding(layer.input, layer.lengths), layer.initial[0], layer.weights
     states = HiddenStates(output, h_0, len(weights), layer.reset_mask, layer.reset[0], layer.lengths)
@@ -347,7 +365,8 @@ def _backward_operands(layer: Layer, output: Tensor, gates_of: Any) -> tuple[Ten
         entering = _joined(_derivatives.entering(layer) if torch.is_grad_enabled() else states.entering)
     if layer.gates is not None:
         return layer.gates, input, entering
-    if input.dtype in (torch.float32, torch.float64) and weights[0].weight_hr is None:
+    by_operator = input.is_cuda or input.dtype in (torch.float32, torch.float64)
+    if by_operator and weights[0].weight_hr is None:
         return None, input, entering
     with torch.no_grad():  # an operator's gates are values: their derivative is that of what they are computed from
         return gates_of(input, states.entering, weights), input, entering
@@ -406,8 +425,8 @@ def _step_by_step(
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.needs = inputs[-2:]
-    ctx.save_for_backward(*inputs[:-2])
+    ctx.flags = inputs[-4:]
+    ctx.save_for_backward(*inputs[:-4])
 
 
 def _second_gradients(fallback: Any) -> Any:
@@ -420,7 +439,7 @@ def _second_gradients(fallback: Any) -> Any:
         def of_wanted(*tensors: Tensor) -> tuple[Tensor, ...]:
             for k, tensor in zip(wanted, tensors, strict=True):
                 arguments[k] = tensor
-            found: tuple[Tensor, ...] = fallback(*arguments, *ctx.needs)
+            found: tuple[Tensor, ...] = fallback(*arguments, *ctx.flags)
             return found
 
         results, transpose, *_ = torch.func.vjp(of_wanted, *(arguments[k] for k in wanted))

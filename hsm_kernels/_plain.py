@@ -45,7 +45,7 @@ def lstm(input: Any, hx: Any, directions: Sequence[_Weights]) -> tuple[Tensor, t
         forward = (*forward, None)
     try:
         output, h_n, c_n, _, _ = _ops.lstm_forward(
-            input, h_0, c_0, *forward, *reverse, None, None, None, None, None, False, False, False
+            input, h_0, c_0, *forward, *reverse, None, None, None, None, None, 0, False, False, False, False
         )
     except RuntimeError:
         return None
@@ -59,7 +59,7 @@ def gru(input: Any, hx: Any, directions: Sequence[_Weights]) -> tuple[Tensor, Te
     forward, reverse = directions if len(directions) == 2 else (directions[0], _NO_WEIGHTS)
     try:
         output, h_n, _ = _ops.gru_forward(
-            input, hx, *forward[:4], *reverse[:4], None, None, None, None, False, False
+            input, hx, *forward[:4], *reverse[:4], None, None, None, None, 0, False, False, False
         )
     except RuntimeError:
         return None

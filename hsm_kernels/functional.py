@@ -35,6 +35,7 @@ class _Boundaries(NamedTuple):
     reset_states: list[LayerState]
     detach_mask: Tensor | None
     lengths: Tensor | None
+    detach_every: int  #: the mask detaches all sequences at each multiple of it; 0: not known
 
 
 def lstm(
@@ -241,6 +242,7 @@ def _run(
         per_layer_states("reset_hx", reset_hx, spec, shape, steps)[0],
         combined_detach_mask(kind.name, detach_mask, truncated_bptt_steps, shape, input.device),
         checked_lengths(kind.name, lengths, shape, input.device),
+        truncated_bptt_steps or 0,
     )
     arguments = _Arguments(steps, layers, states, boundaries)
     autocast = autocast_dtype(input.device)
@@ -312,7 +314,7 @@ def _lstm_op_layer(
     reverse = weights[1] if len(weights) == 2 else (None,) * 5
     output, h_n, c_n, c_states, _ = _ops.lstm_forward(
         input, h_0, c_0, *weights[0], *reverse, boundaries.reset_mask, reset_h, reset_c, boundaries.detach_mask,
-        boundaries.lengths, return_states, recompute, training,
+        boundaries.lengths, boundaries.detach_every, _backend.allows_tf32(input), return_states, recompute, training,
     )  # fmt: skip
     states = (_by_direction(output, len(weights)), c_states.permute(2, 0, 1, 3)) if return_states else None
     return _LayerResult(output, (h_n, c_n), states)
@@ -336,7 +338,7 @@ def _gru_op_layer(
     reverse = weights[1][:4] if len(weights) == 2 else (None,) * 4
     output, h_n, _ = _ops.gru_forward(
         input, h_0, *weights[0][:4], *reverse, boundaries.reset_mask, reset_h, boundaries.detach_mask,
-        boundaries.lengths, recompute, training,
+        boundaries.lengths, boundaries.detach_every, _backend.allows_tf32(input), recompute, training,
     )  # fmt: skip
     return _LayerResult(output, (h_n,), (_by_direction(output, len(weights)),) if return_states else None)
 

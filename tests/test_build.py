@@ -141,7 +141,7 @@ def test_cpu_without_a_compiler_fails(repository: Path) -> None:
 def test_unknown_build_mode(repository: Path) -> None:
     _, done = build("build_wheel", repository, HSM_KERNELS_BUILD="fast")
     assert done.returncode != 0
-    assert "HSM_KERNELS_BUILD must be one of auto, none, cpu; got 'fast'" in done.stderr
+    assert "HSM_KERNELS_BUILD must be one of auto, none, cpu, cuda; got 'fast'" in done.stderr
 
 
 @needs_compiler

@@ -41,6 +41,7 @@ class Case:
     detaches: bool = False
     lengths: bool = False
     recompute: bool = False
+    detach_every: int = 0
     density: float = 0.3
     dtype: torch.dtype = torch.float64
     seed: int = 0
@@ -77,6 +78,10 @@ class Case:
             return torch.rand(self.batch, self.steps, generator=generator).t() < self.density if wanted else None
 
         self.reset_mask, self.detach_mask = mask(self.resets), mask(self.detaches)
+        if self.detach_every:
+            every = (torch.arange(self.steps) % self.detach_every == 0)[:, None].expand(self.steps, self.batch).clone()
+            every[:1] = False
+            self.detach_mask = every if self.detach_mask is None else self.detach_mask | every
         drawn = torch.randint(0, self.steps + 1, (self.batch,), generator=generator)
         self.length = drawn if self.lengths else None
 
@@ -94,7 +99,7 @@ class Case:
         flags = (self.recompute, training)
         if self.cell == "LSTM":
             flags = (True, *flags)
-        return (self.input, *self.state, *flat, *boundaries, *flags)
+        return (self.input, *self.state, *flat, *boundaries, self.detach_every, False, *flags)
 
     def forward(self, training: bool = True) -> tuple[Tensor, ...]:
         """The operator's results, without the gates."""
@@ -489,7 +494,8 @@ def backward_arguments(case: Case) -> tuple[Any, ...]:
         h_n, _ = rest
         grads = [torch.randn_like(t) for t in (output, h_n)]
         kept, boundaries = (output,), (case.reset_mask, reset[0], case.detach_mask, case.length)
-    return (*grads, input, *state, *kept, gates, entering, *weights, *boundaries, True, True)
+    hints = (case.detach_every, False)
+    return (*grads, input, *state, *kept, gates, entering, *weights, *boundaries, *hints, True, True)
 
 
 SHAPES = [(0, 3, 2), (70, 0, 2), (70, 3, 0), (1, 1, 1), (7, 300, 65), (130, 5, 200), (64, 1025, 33), (71, 520, 65)]
@@ -639,7 +645,7 @@ def activations(x: Tensor) -> tuple[Tensor, Tensor]:
     hidden, zero = x.numel(), torch.zeros(1, 1, 1)
     weights = (torch.zeros(4 * hidden, 1), torch.zeros(4 * hidden, hidden))
     none = (None,) * 12
-    gates = OPS.lstm_forward(zero, None, None, *weights, x.repeat(4), *none, False, False, True)[4].flatten()
+    gates = OPS.lstm_forward(zero, None, None, *weights, x.repeat(4), *none, 0, False, False, False, True)[4].flatten()
     return gates[:hidden], gates[2 * hidden : 3 * hidden]
 
 

@@ -10,48 +10,19 @@
 namespace hsm {
 namespace binding {
 
-struct LayerGradients {
-  Tensor input;
-  Tensor weight_ih[max_directions], weight_hh[max_directions];
-  Tensor bias[max_directions];  // (4 * H,): of the parts of grad_gates, summed
-};
-
 class BackwardPass {
  public:
-  // `output` (L, N, D * Hout) and `h_0` (D, N, Hout) or null give the states that entered the steps where nothing was reset and all
-  // sequences have all steps; elsewhere `entering` (D, L, N, Hout) does.
-  BackwardPass(const char* op, BackwardParams& params, const Tensor& input, const Tensor& output, const MaybeTensor& h_0,
-               const MaybeTensor& entering, const std::vector<DirectionTensors>& directions, bool needs_input, bool needs_weights)
-      : p_(params), z_(params.sizes), needs_input_(needs_input), needs_weights_(needs_weights),
-        input_(torch::stable::contiguous(input)), output_(torch::stable::contiguous(output)) {
-    check_type(op, "input", input, output.scalar_type());
-    check_shape(op, "input", input, {z_.steps, z_.batch, input.size(2)});
-    check_type(op, "output", output, input.scalar_type());
-    check_shape(op, "output", output, {z_.steps, z_.batch, z_.directions * int64_t{z_.hidden_out}});
-    if (h_0) h_0_ = torch::stable::contiguous(*h_0);
-    if (entering) {
-      check_type(op, "entering", *entering, input.scalar_type());
-      check_shape(op, "entering", *entering, {z_.directions, z_.steps, z_.batch, z_.hidden_out});
-      entering_ = torch::stable::contiguous(*entering);
-    }
-    const Boundaries& b = params.boundaries;
-    STD_TORCH_CHECK(entering || !(b.reset_mask || b.lengths), op, ": entering must be given with reset_mask or lengths");
-    STD_TORCH_CHECK(!p_.recompute || has_product(input.scalar_type()), op, ": gates must be given but for float32 and float64");
-    for (const DirectionTensors& w : directions) {
-      check_type(op, "weight_ih", *w.weight_ih, input.scalar_type());
-      check_shape(op, "weight_ih", *w.weight_ih, {gate_columns(), input.size(2)});
-      weight_ih_.push_back(torch::stable::contiguous(*w.weight_ih));
-      weight_hh_.push_back(torch::stable::contiguous(*w.weight_hh));
-    }
-  }
+  BackwardPass(BackwardParams& params, const BackwardTensors& tensors, LayerGradients results)
+      : p_(params), z_(params.sizes), t_(tensors), results_(std::move(results)) {}
 
   LayerGradients run() {
     const int64_t chunk = chunk_steps(), all_rounds = p_.schedule.rounds + 1;
     for (int d = 0; d < z_.directions; ++d) {
-      grad_gates_.push_back(empty(input_, {chunk * z_.batch, 4 * int64_t{z_.hidden}}));
+      grad_gates_.push_back(empty(t_.input, {chunk * z_.batch, 4 * int64_t{z_.hidden}}));
       p_.grad_gates[d] = grad_gates_[d].mutable_data_ptr();
     }
-    allocate_results();
+    // Both directions add to the gradient of the input.
+    if (t_.needs_input && z_.directions == 2) torch::stable::zero_(results_.input);
     const cpu::Threads pool = threads();
     const Workspace workspace(cpu::kernels().backward_workspace(p_, pool));
     for (int64_t begin = 0; begin == 0 || begin < z_.steps; begin += std::max<int64_t>(chunk, 1)) {
@@ -85,22 +56,8 @@ class BackwardPass {
     constexpr int64_t bytes = 1024e3, fewest_rows = 192;  // what a chunk may take of the cache; what a product needs to be fast
     const int64_t row_bytes = 4 * int64_t{z_.hidden} * (z_.dtype == ScalarKind::float64 ? 8 : 4);
     const int64_t rows = std::max(bytes / row_bytes, fewest_rows) * threads().count, steps = std::max<int64_t>(1, rows / z_.batch);
-    const bool own = takes_own_product(input_.scalar_type(), std::min(rows, gate_columns()), std::min(input_.size(2), int64_t{z_.hidden_out}));
+    const bool own = takes_own_product(t_.input.scalar_type(), std::min(rows, gate_columns()), std::min(t_.input.size(2), int64_t{z_.hidden_out}));
     return own ? std::min(z_.steps, steps) : z_.steps;
-  }
-
-  void allocate_results() {
-    const int64_t inputs = input_.size(2), gates = gate_columns();
-    // Both directions add to the gradient of the input.
-    if (needs_input_ && z_.directions == 2) results_.input = torch::stable::new_zeros(input_, {z_.steps, z_.batch, inputs});
-    if (needs_input_ && z_.directions == 1) results_.input = empty(input_, {z_.steps, z_.batch, inputs});
-    if (!needs_input_) results_.input = empty(input_, {0});
-    for (int d = 0; d < max_directions; ++d) {
-      const bool needed = needs_weights_ && d < z_.directions;
-      results_.weight_ih[d] = empty(input_, needed ? Shape{gates, inputs} : Shape{0});
-      results_.weight_hh[d] = empty(input_, needed ? Shape{gates, z_.hidden_out} : Shape{0});
-      results_.bias[d] = empty(input_, needed ? Shape{4 * int64_t{z_.hidden}} : Shape{0});
-    }
   }
 
   // Some steps of an (L, N, X) tensor as (steps * N, X).
@@ -120,9 +77,9 @@ class BackwardPass {
   void project_again(int d) {
     const Steps& steps = steps_[d];
     const int64_t hidden = z_.hidden;
-    own_product(rows_of(input_, steps), torch::stable::transpose(weight_ih_[d], 0, 1), grad_gates(d, steps, 0, gate_columns()), false);
+    own_product(rows_of(t_.input, steps), torch::stable::transpose(t_.weight_ih[d], 0, 1), grad_gates(d, steps, 0, gate_columns()), false);
     const auto multiply = [&](int64_t first, int64_t count, int64_t column, bool add) {
-      const Tensor w = torch::stable::transpose(torch::stable::narrow(weight_hh_[d], 0, first, count), 0, 1);
+      const Tensor w = torch::stable::transpose(torch::stable::narrow(t_.weight_hh[d], 0, first, count), 0, 1);
       for_each_entering(d, [&](const Tensor& states, const Steps& part) {
         own_product(states, w, grad_gates(d, part, column, count), add);
       });
@@ -144,21 +101,21 @@ class BackwardPass {
     const int64_t t = d ? z_.steps - 1 : 0;
     return t >= steps_[d].begin && t < steps_[d].end ? Steps{t, t + 1} : Steps{0, 0};
   }
-  Steps starts_from_zero(int d) const { return entering_ || h_0_ ? Steps{0, 0} : first_step(d); }
+  Steps starts_from_zero(int d) const { return t_.entering || t_.h_0 ? Steps{0, 0} : first_step(d); }
 
   // Calls visit(states, steps) with the states that entered the chunk's steps, in pieces that cover all steps but those that were
   // entered from zero.
   template <class Visit>
   void for_each_entering(int d, Visit visit) {
     if (steps_[d].count() == 0) return;
-    if (entering_) return visit(rows_of(torch::stable::select(*entering_, 0, d), steps_[d]), steps_[d]);
+    if (t_.entering) return visit(rows_of(torch::stable::select(*t_.entering, 0, d), steps_[d]), steps_[d]);
     const Steps first = first_step(d);
-    if (first.count() > 0 && h_0_) visit(torch::stable::select(*h_0_, 0, d), first);
+    if (first.count() > 0 && t_.h_0) visit(torch::stable::select(*t_.h_0, 0, d), first);
     Steps others = steps_[d];
     if (first.count() > 0) (d ? others.end : others.begin) += d ? -1 : 1;
     if (others.count() == 0) return;
     const int64_t shift = d ? 1 : -1;
-    Tensor states = rows_of(output_, {others.begin + shift, others.end + shift});
+    Tensor states = rows_of(t_.output, {others.begin + shift, others.end + shift});
     visit(torch::stable::narrow(states, 1, d * z_.hidden_out, z_.hidden_out), others);
   }
 
@@ -167,9 +124,9 @@ class BackwardPass {
     const Steps& steps = steps_[d];
     const int64_t hidden = z_.hidden;
     const Tensor projected = grad_gates(d, steps, 0, gate_columns());
-    if (needs_input_) multiply_into(projected, weight_ih_[d], rows_of(results_.input, steps), z_.directions == 2);
-    if (!needs_weights_) return;
-    multiply_into(torch::stable::transpose(projected, 0, 1), rows_of(input_, steps), results_.weight_ih[d], !first);
+    if (t_.needs_input) multiply_into(projected, t_.weight_ih[d], rows_of(results_.input, steps), z_.directions == 2);
+    if (!t_.needs_weights) return;
+    multiply_into(torch::stable::transpose(projected, 0, 1), rows_of(t_.input, steps), results_.weight_ih[d], !first);
     if (z_.cell == CellKind::lstm) {
       add_hidden(d, 0, 4 * hidden, 0, first);
     } else {
@@ -206,10 +163,7 @@ class BackwardPass {
 
   BackwardParams& p_;
   const Sizes& z_;
-  bool needs_input_, needs_weights_;
-  Tensor input_, output_;
-  MaybeTensor h_0_, entering_;
-  std::vector<Tensor> weight_ih_, weight_hh_;
+  BackwardTensors t_;
   std::vector<Tensor> grad_gates_;  // of each direction, (steps of a chunk * N, 4 * H)
   Steps steps_[max_directions];     // of the chunk at hand
   LayerGradients results_;

@@ -30,10 +30,12 @@ inline Sizes sizes_of(const char* op, CellKind cell, const Tensor& like, int64_t
 }
 
 inline Boundaries boundaries_of(Arguments& arguments, const Sizes& z, const MaybeTensor& reset_mask, const MaybeTensor& reset_h,
-                                const MaybeTensor& reset_c, const MaybeTensor& detach_mask, const MaybeTensor& lengths) {
+                                const MaybeTensor& reset_c, const MaybeTensor& detach_mask, const MaybeTensor& lengths,
+                                int64_t detach_every) {
   Boundaries b{};
   b.reset_mask = arguments.mask("reset_mask", reset_mask, {z.steps, z.batch}, b.reset_step_stride, b.reset_batch_stride);
   b.detach_mask = arguments.mask("detach_mask", detach_mask, {z.steps, z.batch}, b.detach_step_stride, b.detach_batch_stride);
+  b.detach_every = detach_every;
   b.lengths = arguments.lengths(lengths, z.batch);
   b.reset_h = arguments.pointer("reset_h", reset_h, {z.directions, z.batch, z.hidden_out});
   b.reset_c = arguments.pointer("reset_c", reset_c, {z.directions, z.batch, z.hidden});
@@ -48,23 +50,83 @@ inline Weights weights_of(Arguments& arguments, const Sizes& z, const DirectionT
 }
 
 // All weights as the forward pass reads them, and the input (L, N, I).
-inline void add_weights_and_input(Arguments& arguments, const Tensor& input, const std::vector<DirectionTensors>& directions, bool training,
-                                  ForwardParams& p) {
+template <class Device>
+void add_weights_and_input(Arguments& arguments, const Tensor& input, const std::vector<DirectionTensors>& directions, bool training,
+                           ForwardParams& p) {
   ScalarType type = input.scalar_type();
-  p.bfloat16_weights = !training && type == ScalarType::Float && directions[0].weight_hh->scalar_type() == ScalarType::BFloat16;
+  p.bfloat16_weights = Device::widens_weights && !training && type == ScalarType::Float &&
+                       directions[0].weight_hh->scalar_type() == ScalarType::BFloat16;
   if (p.bfloat16_weights) type = ScalarType::BFloat16;
   p.input_size = input.size(2);
-  p.input = arguments.rows("input", input, {p.sizes.steps, p.sizes.batch, p.input_size}, p.input_step_stride, p.input_batch_stride);
+  const Shape shape{p.sizes.steps, p.sizes.batch, p.input_size};
+  if (Device::takes_strides) {
+    p.input = arguments.rows("input", input, shape, p.input_step_stride, p.input_batch_stride);
+  } else {
+    p.input = arguments.pointer("input", input, shape);
+    p.input_step_stride = p.sizes.batch * p.input_size, p.input_batch_stride = p.input_size;
+  }
   for (int d = 0; d < p.sizes.directions; ++d) {
     p.weights[d] = weights_of(arguments, p.sizes, directions[d], type);
     p.weights[d].weight_ih = arguments.pointer("weight_ih", directions[d].weight_ih, {directions[d].weight_hh->size(0), p.input_size}, type);
   }
 }
 
-inline void run_forward(const ForwardParams& p) {
-  const cpu::Threads pool = threads();
-  const Workspace workspace(cpu::kernels().forward_plan(p, pool).workspace_bytes);
-  cpu::kernels().forward(p, pool, workspace.data());
+// What the gradients of a layer are made from, checked and contiguous.
+struct BackwardTensors {
+  Tensor input, output;
+  // `output` (L, N, D * Hout) and `h_0` (D, N, Hout) or null give the states that entered the steps where nothing was reset and all
+  // sequences have all steps; elsewhere `entering` (D, L, N, Hout) does.
+  MaybeTensor h_0, entering;
+  std::vector<Tensor> weight_ih, weight_hh;
+  bool needs_input, needs_weights;
+};
+
+inline BackwardTensors backward_tensors(const char* op, const Sizes& z, const Boundaries& boundaries, const Tensor& input, const Tensor& output,
+                                        const MaybeTensor& h_0, const MaybeTensor& entering, const std::vector<DirectionTensors>& directions,
+                                        bool needs_input, bool needs_weights) {
+  const Tensor& like = *directions[0].weight_hh;
+  check_type(op, "output", output, like.scalar_type(), like);
+  check_type(op, "input", input, like.scalar_type(), like);
+  check_shape(op, "input", input, {z.steps, z.batch, input.size(2)});
+  check_shape(op, "output", output, {z.steps, z.batch, z.directions * int64_t{z.hidden_out}});
+  STD_TORCH_CHECK(entering || !(boundaries.reset_mask || boundaries.lengths), op, ": entering must be given with reset_mask or lengths");
+  using torch::stable::contiguous;
+  BackwardTensors tensors{contiguous(input), contiguous(output)};
+  tensors.needs_input = needs_input, tensors.needs_weights = needs_weights;
+  if (h_0) tensors.h_0 = contiguous(*h_0);
+  if (entering) {
+    check_type(op, "entering", *entering, like.scalar_type(), like);
+    check_shape(op, "entering", *entering, {z.directions, z.steps, z.batch, z.hidden_out});
+    tensors.entering = contiguous(*entering);
+  }
+  for (const DirectionTensors& w : directions) {
+    check_type(op, "weight_ih", *w.weight_ih, like.scalar_type(), like);
+    check_shape(op, "weight_ih", *w.weight_ih, {w.weight_hh->size(0), input.size(2)});
+    tensors.weight_ih.push_back(contiguous(*w.weight_ih));
+    tensors.weight_hh.push_back(contiguous(*w.weight_hh));
+  }
+  return tensors;
+}
+
+struct LayerGradients {
+  Tensor input;
+  Tensor weight_ih[max_directions], weight_hh[max_directions];
+  Tensor bias[max_directions];  // (4 * H,): of the parts of grad_gates, summed
+};
+
+// Room for the gradients of a layer; those that nothing needs have shape (0,).
+template <class Device>
+LayerGradients empty_gradients(const Device& device, const Sizes& z, const BackwardTensors& tensors) {
+  const int64_t inputs = tensors.input.size(2), gates = (z.cell == CellKind::lstm ? 4 : 3) * int64_t{z.hidden};
+  LayerGradients gradients;
+  gradients.input = device.empty(tensors.needs_input ? Shape{z.steps, z.batch, inputs} : Shape{0});
+  for (int d = 0; d < max_directions; ++d) {
+    const bool needed = tensors.needs_weights && d < z.directions;
+    gradients.weight_ih[d] = device.empty(needed ? Shape{gates, inputs} : Shape{0});
+    gradients.weight_hh[d] = device.empty(needed ? Shape{gates, z.hidden_out} : Shape{0});
+    gradients.bias[d] = device.empty(needed ? Shape{4 * int64_t{z.hidden}} : Shape{0});
+  }
+  return gradients;
 }
 
 }  // namespace binding

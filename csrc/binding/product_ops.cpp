@@ -9,7 +9,7 @@ Tensor product(Tensor a, Tensor b) {
   const char* op = "product";
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), op, ": a and b must have shapes (M, K) and (K, N), got ",
                   text(shape_of(a)), " and ", text(shape_of(b)));
-  check_type(op, "b", b, a.scalar_type());
+  check_type(op, "b", b, a.scalar_type(), a);
   const Tensor out = empty(a, {a.size(0), b.size(1)});
   multiply_into(a, b, out);
   return out;

@@ -65,9 +65,19 @@ inline void check_shape(const char* op, const char* name, const MaybeTensor& ten
   if (tensor) check_shape(op, name, *tensor, expected);
 }
 
-inline void check_type(const char* op, const char* name, const Tensor& tensor, ScalarType expected) {
+inline std::string device_of(const Tensor& tensor) {
+  return tensor.is_cpu() ? "the CPU" : tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another device";
+}
+
+inline bool on_one_device(const Tensor& tensor, const Tensor& other) {
+  if (other.is_cpu()) return tensor.is_cpu();
+  return tensor.is_cuda() && other.is_cuda() && tensor.get_device_index() == other.get_device_index();
+}
+
+// `like`: a tensor of the call that all others follow.
+inline void check_type(const char* op, const char* name, const Tensor& tensor, ScalarType expected, const Tensor& like) {
   STD_TORCH_CHECK(tensor.scalar_type() == expected, op, ": ", name, " must have the dtype of the other tensors");
-  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU like the other tensors");
+  STD_TORCH_CHECK(on_one_device(tensor, like), op, ": ", name, " must be on ", device_of(like), " like the other tensors, got ", device_of(tensor));
 }
 
 inline ScalarKind scalar_kind(const char* op, const Tensor& tensor) {
@@ -83,7 +93,8 @@ inline ScalarKind scalar_kind(const char* op, const Tensor& tensor) {
 // Checks arguments of one call, and keeps the contiguous copies alive whose pointers it hands out.
 class Arguments {
  public:
-  Arguments(const char* op, ScalarType dtype) : op_(op), dtype_(dtype) { kept_.reserve(most_arguments); }
+  // `like`: a tensor that has the dtype and the device of the others.
+  Arguments(const char* op, const Tensor& like) : op_(op), like_(like), dtype_(like.scalar_type()) { kept_.reserve(most_arguments); }
 
   const void* pointer(const char* name, const Tensor& tensor, const Shape& shape) {
     return keep(name, tensor, shape, dtype_).const_data_ptr();
@@ -108,7 +119,7 @@ class Arguments {
   const bool* mask(const char* name, const MaybeTensor& tensor, const Shape& shape, int64_t& step_stride, int64_t& batch_stride) {
     if (!tensor) return nullptr;
     check_shape(op_, name, *tensor, shape);
-    check_type(op_, name, *tensor, ScalarType::Bool);
+    check_type(op_, name, *tensor, ScalarType::Bool, like_);
     step_stride = tensor->stride(0);
     batch_stride = tensor->stride(1);
     static const bool nothing = false;  // an empty tensor has no memory, but it was given
@@ -118,7 +129,7 @@ class Arguments {
  private:
   const Tensor& keep(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype, bool as_it_is = false) {
     check_shape(op_, name, tensor, shape);
-    check_type(op_, name, tensor, dtype);
+    check_type(op_, name, tensor, dtype, like_);
     kept_.push_back(as_it_is || tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
     return kept_.back();
   }
@@ -126,14 +137,19 @@ class Arguments {
   static constexpr size_t most_arguments = 24;
 
   const char* op_;
+  const Tensor& like_;
   ScalarType dtype_;
   std::vector<Tensor> kept_;
 };
 
 // With HSM_KERNELS_POISON set, memory holds NaN before a kernel writes it, so that a read too early, or a result never written, shows.
-inline void poison(void* data, size_t bytes) {
+inline bool poisons() {
   static const bool wanted = std::getenv("HSM_KERNELS_POISON") != nullptr;
-  if (wanted && bytes) std::memset(data, 0xff, bytes);
+  return wanted;
+}
+
+inline void poison(void* data, size_t bytes) {
+  if (poisons() && bytes) std::memset(data, 0xff, bytes);
 }
 
 // Memory that torch got from the system is mapped page by page as it is written, which takes longer than many a kernel that writes
@@ -148,11 +164,16 @@ inline void ask_for_huge_pages(const Tensor& tensor) {
 #endif
 }
 
-// An uninitialised contiguous CPU tensor, by the shortest way to torch's allocator.
-inline Tensor empty(const Shape& shape, int32_t dtype) {
+inline std::array<int64_t, 4> contiguous_strides(const Shape& shape) {
   std::array<int64_t, 4> strides;
   int64_t stride = 1;
   for (size_t k = shape.size(); k-- > 0; stride *= std::max<int64_t>(shape[k], 1)) strides[k] = stride;
+  return strides;
+}
+
+// An uninitialised contiguous CPU tensor, by the shortest way to torch's allocator.
+inline Tensor empty(const Shape& shape, int32_t dtype) {
+  const auto strides = contiguous_strides(shape);
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));

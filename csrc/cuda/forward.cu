@@ -167,15 +167,10 @@ class ForwardPass {
     const ForwardParams& p = round_.params;
     round_.first_step[d] = first;
     BatchedProduct product{z_.dtype, wide_, 1, count * z_.batch, columns_, p.input_size};
-    product.a = static_cast<const char*>(p.input) + first * p.input_step_stride * element_bytes(z_.dtype);
-    product.a_row_stride = p.input_batch_stride, product.a_depth_stride = 1;
+    product.a = static_cast<const char*>(p.input) + first * z_.batch * p.input_size * element_bytes(z_.dtype);
+    product.a_row_stride = p.input_size, product.a_depth_stride = 1;
     product.b = p.weights[d].weight_ih, product.b_depth_stride = 1, product.b_column_stride = p.input_size;
     product.c = input_product_[d], product.c_row_stride = columns_;
-    if (p.input_step_stride != z_.batch * p.input_batch_stride) {  // the batch first: sequence by sequence
-      product.batch = z_.batch, product.rows = count;
-      product.a_batch_stride = p.input_batch_stride, product.a_row_stride = p.input_step_stride;
-      product.c_batch_stride = columns_, product.c_row_stride = z_.batch * columns_;
-    }
     queue.multiply(product);
   }
 

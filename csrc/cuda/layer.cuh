@@ -143,7 +143,10 @@ class Queue {
     if (ok() && shape.grid_x > 0 && shape.grid_y > 0) status_ = launch(kernel, shape, stream_, arguments...);
   }
   void multiply(const BatchedProduct& product) {
-    if (ok() && product.rows > 0 && product.columns > 0) products_.multiply(products_.context, product);
+    if (!ok() || product.rows == 0 || product.columns == 0) return;
+    if (product.depth > 0) return products_.multiply(products_.context, product);
+    // A sum of nothing, into a matrix without gaps.
+    if (!product.add) fill(product.c, 0, product.batch * product.rows * product.columns * element_bytes(product.dtype_of_c));
   }
   void fill(void* data, int byte, int64_t bytes) {
     if (ok()) status_ = fill_async(data, byte, static_cast<size_t>(bytes), stream_);

@@ -23,6 +23,11 @@ namespace cuda {
 using Status = int;
 const char* status_text(Status status);
 
+// Versions as CUDA counts them (13000 is 13.0): of the runtime in this library, and the newest that the driver can serve.
+Status versions(int& runtime, int& driver);
+
+Status fill(void* data, int byte, size_t bytes, CUstream_st* stream);
+
 // For each of `batch`: C (rows, columns) = A (rows, depth) @ B (depth, columns), or C is increased by it. Strides count elements. Of A's
 // row and depth strides one is 1, and of B's depth and column strides; the columns of C are contiguous.
 struct BatchedProduct {
@@ -71,7 +76,7 @@ struct Limits {
 };
 
 // Each pass first says how many bytes of device memory it needs, aligned to 256 bytes; their contents do not matter. The schedule
-// of the parameters is not looked at, and all their pointers are to memory of the current device.
+// of the parameters is not looked at, their input is contiguous, and all their pointers are to memory of the current device.
 size_t forward_workspace(const ForwardParams& params, const Limits& limits = {});
 Status forward(const ForwardParams& params, void* workspace, const Products& products, CUstream_st* stream, const Limits& limits = {});
 

@@ -1,4 +1,4 @@
-"""Runs the compiler: one process per source, several at a time, then one to link."""
+"""Runs the compilers: one process per source, several at a time, then one to link."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import toolchain
+from . import cuda, toolchain
 from .description import OPTIONAL_KERNELS, Description
 
 _ERROR_LINE = re.compile(r"\b[Ee]rror: |\bundefined reference\b|\bcannot find\b")
@@ -26,6 +26,7 @@ def build_library(
     description: Description,
     compiler: toolchain.Compiler,
     torch: toolchain.TorchFiles,
+    toolkit: cuda.Toolkit | None = None,
     *,
     work: Path,
     output: Path,
@@ -33,7 +34,8 @@ def build_library(
 ) -> Description:
     """Compile and link ``description`` into the file ``output``; object files go to ``work``.
 
-    Returns what was built: kernels that the compiler does not know are left out.
+    ``toolkit`` is needed where the description has CUDA kernels. Returns what was built: kernels that the compiler does
+    not know are left out.
     """
     if not description.sources:
         raise toolchain.Unavailable(f"there are no C++ sources in {description.root}")
@@ -44,14 +46,20 @@ def build_library(
         includes += ["-isystem", str(toolchain.python_include())]
     # cpu/lstm.cpp and binding/lstm.cpp must not share an object file.
     objects = {name: str(work / f"{name.replace('/', '-')}.o") for name in description.sources}
-    compile_command = [*compiler.command, *description.compile_flags, *includes]
+    compile_commands = {".cpp": [*compiler.command, *description.compile_flags, *includes]}
+    search_paths = [f"-L{torch.lib}"]
+    if description.cuda_archs:
+        assert toolkit is not None
+        compile_commands[".cu"] = [*toolkit.command(compiler), *description.cuda_compile_flags, *includes[:2]]
+        search_paths.append(f"-L{toolkit.lib}")
     commands = [
-        [*compile_command, "-c", str(description.root / source), "-o", target] for source, target in objects.items()
+        [*compile_commands[Path(source).suffix], "-c", str(description.root / source), "-o", target]
+        for source, target in objects.items()
     ]
     with ThreadPoolExecutor(toolchain.job_limit(environ)) as pool:
         logs = list(pool.map(lambda command: _run(command, environ), commands))
     _raise_first_error(logs)
-    link_command = [*compiler.command, *description.link_flags, *objects.values(), f"-L{torch.lib}"]
+    link_command = [*compiler.command, *description.link_flags, *objects.values(), *search_paths]
     libraries = [f"-l{name}" for name in description.libraries]
     _raise_first_error([_run([*link_command, *libraries, "-o", str(output)], environ)])
     return description
@@ -75,6 +83,11 @@ def _without_unknown_kernels(
                 left_out=(*description.left_out, reason),
             )
     return description
+
+
+def versions(compiler: toolchain.Compiler, toolkit: cuda.Toolkit | None) -> str:
+    """The versions of both, without the C++ compiler's name. Starts them."""
+    return f"{compiler.version()}, nvcc {toolkit.version()}" if toolkit else compiler.version()
 
 
 def _run(command: list[str], environ: Mapping[str, str]) -> tuple[int, str]:

@@ -1,7 +1,8 @@
 """What the native library is made of: the one list for setup.py and the just-in-time build."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 #: The version of the package; pyproject.toml takes it from here.
@@ -17,7 +18,10 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 FILE_PATTERNS = ("*.cpp", "*.cu", "*.cuh", "*.h", "*.inl")
 
 #: In the order of compilation: the sources that take longest come first.
-SOURCE_DIRECTORIES = ("cpu", "binding")
+SOURCE_DIRECTORIES = ("cuda", "cpu", "binding")
+
+#: What only a library with CUDA kernels needs.
+CUDA_DIRECTORIES = ("cuda/", "binding/cuda/")
 
 #: Only this file includes Python.h. It makes the library an importable module, which the
 #: just-in-time build does not need.
@@ -34,6 +38,16 @@ COMPILE_FLAGS = (
 )
 LINK_FLAGS = ("-shared", "-Wl,--as-needed")
 LIBRARIES = ("torch_cpu",)
+
+#: The define tells the binding. The runtime is linked statically: torch's may be another version, or not there.
+CUDA_DEFINE = "-DHSM_CUDA"
+CUDA_COMPILE_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "--compiler-options=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden",
+    "-Xfatbin=-compress-all",
+)
+CUDA_LIBRARIES = ("cudart_static", "rt", "dl", "pthread")
 
 
 @dataclass(frozen=True)
@@ -69,12 +83,14 @@ class Description:
 
     root: Path
     sources: tuple[str, ...]
-    files: tuple[str, ...]
+    files: tuple[str, ...]  #: all of csrc
     compile_flags: tuple[str, ...] = COMPILE_FLAGS
     link_flags: tuple[str, ...] = LINK_FLAGS
     libraries: tuple[str, ...] = LIBRARIES
     #: Why some of the kernels are left out.
     left_out: tuple[str, ...] = ()
+    cuda_archs: tuple[str, ...] = ()  #: what cuda.parse_archs gives; none: no CUDA kernels
+    cuda_compile_flags: tuple[str, ...] = ()
 
     @property
     def needs_python_headers(self) -> bool:
@@ -83,25 +99,27 @@ class Description:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Everything that is passed to the compiler and the linker, but for paths."""
-        return (*self.compile_flags, *self.link_flags, *(f"-l{name}" for name in self.libraries))
+        """Everything that is passed to the compilers and the linker, but for paths."""
+        libraries = (f"-l{name}" for name in self.libraries)
+        return (*self.compile_flags, *self.cuda_compile_flags, *self.link_flags, *libraries)
 
     def digest(self) -> str:
-        """Equal digests give equal libraries from the same compiler, wherever the files lie."""
+        """Equal digests give equal libraries from the same compilers, wherever the files lie."""
         state = hashlib.sha256()
         for text in (str(SCHEMA), VERSION, *sorted(self.flags)):
             state.update(text.encode() + b"\0")
         for name in self.files:
-            content = (self.root / name).read_bytes()
-            state.update(f"{name}\0{len(content)}\0".encode() + content)
+            if self.cuda_archs or not name.startswith(CUDA_DIRECTORIES):
+                content = (self.root / name).read_bytes()
+                state.update(f"{name}\0{len(content)}\0".encode() + content)
         return state.hexdigest()
 
 
-def describe(root: Path, *, python_module: bool) -> Description:
+def describe(root: Path, *, python_module: bool, cuda_archs: tuple[str, ...] = ()) -> Description:
     """The library whose sources lie in ``root``, a csrc folder.
 
     With ``python_module`` it has an entry point for ``import`` and needs the Python headers;
-    without, it can only be loaded by ``torch.ops.load_library``.
+    without, it can only be loaded by ``torch.ops.load_library``. With ``cuda_archs`` it has CUDA kernels for them.
     """
     files = sorted(path.relative_to(root).as_posix() for pattern in FILE_PATTERNS for path in root.rglob(pattern))
     sources = [
@@ -109,7 +127,24 @@ def describe(root: Path, *, python_module: bool) -> Description:
         for directory in SOURCE_DIRECTORIES
         for name in files
         if name.startswith(f"{directory}/")
-        and name.endswith(".cpp")
+        and name.endswith((".cpp", ".cu"))
         and (python_module or name != PYTHON_MODULE_SOURCE)
+        and (cuda_archs or not name.startswith(CUDA_DIRECTORIES))
     ]
-    return Description(root, tuple(sources), tuple(files))
+    plain = Description(root, tuple(sources), tuple(files))
+    if not cuda_archs:
+        return plain
+    return replace(
+        plain,
+        compile_flags=(*COMPILE_FLAGS, CUDA_DEFINE),
+        libraries=(*LIBRARIES, *CUDA_LIBRARIES),
+        cuda_archs=cuda_archs,
+        cuda_compile_flags=(*CUDA_COMPILE_FLAGS, *(flag for arch in cuda_archs for flag in _gencode(arch))),
+    )
+
+
+def _gencode(arch: str) -> Iterator[str]:
+    number, _, ptx = arch.partition("+")
+    yield f"-gencode=arch=compute_{number},code=sm_{number}"
+    if ptx:
+        yield f"-gencode=arch=compute_{number},code=compute_{number}"

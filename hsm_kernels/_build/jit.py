@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import cache, compilation, toolchain
+from . import cache, compilation, cuda, toolchain
 from .description import Description
 
 
@@ -25,6 +25,7 @@ class Request:
     torch_root: Path  #: the folder of the torch package
     torch_version: str
     environ: Mapping[str, str]
+    toolkit: cuda.Toolkit | None = None  #: for a description with CUDA kernels
     #: Compile although a library is in the cache.
     rebuild: bool = False
     #: Compile although the compiler failed on the same sources before.
@@ -49,9 +50,9 @@ def obtain(request: Request, damaged: cache.Entry | None = None) -> cache.Entry:
         if kept is None or kept == damaged:
             raise
         return kept
-    stamp = compiler.stamp()
+    stamp = " ".join(tool.stamp() for tool in (compiler, request.toolkit) if tool)
     known = next(filter(None, (cache.read_compiler_version(d, stamp) for d in directories)), None)
-    version = known or compiler.version()
+    version = known or compilation.versions(compiler, request.toolkit)
     # Arguments in CXX count, paths do not.
     compiler_digest = hashlib.sha256(shlex.join([version, *compiler.command[1:]]).encode())
     key = prefix + compiler_digest.hexdigest()[:12]
@@ -113,6 +114,7 @@ def _build_once(
         record = {
             "digest": request.description.digest(),
             "compiler": f"{Path(compiler.command[0]).name} {version}",
+            "cuda_archs": list(request.description.cuda_archs),
             "torch": request.torch_version,
             "built": time.time(),
         }
@@ -132,7 +134,8 @@ def _build(
     record: dict[str, Any],
 ) -> cache.Entry:
     start = time.monotonic()
-    cache.say(f"hsm_kernels: compiling the native library, once, into {directory} ... ")
+    kernels = " with CUDA kernels" if request.toolkit else ""
+    cache.say(f"hsm_kernels: compiling the native library{kernels}, once, into {directory} ... ")
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: cache.say(f"{time.monotonic() - start:.1f} s\n"))
         work = stack.enter_context(cache.build_folder(directory))
@@ -142,6 +145,7 @@ def _build(
             request.description,
             compiler,
             torch,
+            request.toolkit,
             work=work,
             output=cache.library_in(result),
             environ=request.environ,

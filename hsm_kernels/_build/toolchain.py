@@ -37,9 +37,7 @@ class Compiler:
 
     def stamp(self) -> str:
         """Changes when the compiler is replaced. Cheap: it looks at the files of the command."""
-        paths = [path for word in self.command if (path := shutil.which(word))]
-        files = [(path, os.stat(path)) for path in paths]
-        return " ".join(f"{path}:{file.st_mtime_ns}:{file.st_size}" for path, file in files)
+        return " ".join(file_stamp(path) for word in self.command if (path := shutil.which(word)))
 
     def _ask(self, *arguments: str, stdin: str = "") -> str:
         try:
@@ -70,6 +68,12 @@ def find_compiler(environ: Mapping[str, str]) -> Compiler:
     if words:
         raise Unavailable(f"the C++ compiler that CXX names was not found: {words[0]}")
     raise Unavailable(f"no C++ compiler was found on PATH (tried {', '.join(DEFAULT_COMPILERS)})")
+
+
+def file_stamp(path: str) -> str:
+    """Changes when the file is replaced."""
+    file = os.stat(path)
+    return f"{path}:{file.st_mtime_ns}:{file.st_size}"
 
 
 def torch_files(root: Path) -> TorchFiles:
