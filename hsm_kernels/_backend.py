@@ -1,6 +1,7 @@
 """Which backend runs a call: chosen per process or per call, and explained on request."""
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ import torch
 from torch.autograd import forward_ad
 
 from . import _library
+from ._build.description import OLDEST_GPU, covers
 
 #: "auto" takes the best kernel there is, and the reference where there is none.
 BACKENDS = ("auto", "cuda", "cpu", "reference")
+
+_NO_LIBRARY = "no native library is loaded; hsm_kernels.build_info() says why"
 
 _warned: set[str] = set()
 
@@ -83,7 +87,8 @@ def plan(requested: str | None, device: torch.device, dtype: torch.dtype) -> Pla
         return Plan("reference", "python", "the reference was asked for")
     missing = _missing_kernel(device, dtype)
     if missing is None and name in ("auto", device.type):
-        return Plan(device.type, "native", f"the native library has a kernel for {device.type}")
+        variant = "step" if device.type == "cuda" else "native"
+        return Plan(device.type, variant, f"the native library has a kernel for {device.type}")
     if name == "auto":
         return Plan("reference", "python", str(missing), fallback=True)
     reason = missing or f"the input is on {device}"
@@ -95,11 +100,50 @@ def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the kernels have no rule for forward-mode differentiation inside forward-mode differentiation"
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"there are kernels for float64, float32, bfloat16 and float16, the input is {dtype}"
+    if device.type == "cuda":
+        missing: str | None = _missing_cuda_kernel(device.index)
+        return missing
     if device.type != "cpu":
         return f"there is no kernel for device type {device.type!r}"
     if not _library.build_info().loaded:
-        return "no native library is loaded; hsm_kernels.build_info() says why"
+        return _NO_LIBRARY
     return None
+
+
+# torch.compile need not see how the library and the GPU are looked at.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _missing_cuda_kernel(index: int | None) -> str | None:
+    info = _library.build_info()
+    if not info.loaded:
+        return _NO_LIBRARY
+    if torch.version.hip:
+        return "there are no kernels for AMD GPUs"
+    if not info.cuda_archs:
+        return (
+            "the native library was built without CUDA kernels; hsm_kernels.build_info() says why, and "
+            "HSM_KERNELS_BUILD=cuda pip install asks for them"
+        )
+    # Else there is no GPU, and the tensors hold nothing.
+    exists = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return _unsupported_gpu(index) if exists else None
+
+
+@functools.cache
+def _unsupported_gpu(index: int | None) -> str | None:
+    """Why a GPU cannot run the library's kernels, None if it can."""
+    capability = torch.cuda.get_device_capability(index)
+    archs = _library.build_info().cuda_archs
+    if covers(archs, capability):
+        return None
+    name, number = torch.cuda.get_device_name(index), "{}.{}".format(*capability)
+    if capability < OLDEST_GPU:
+        oldest = "{}.{}".format(*OLDEST_GPU)
+        return f"{name} has compute capability {number}, the kernels need {oldest} or later"
+    listed = ", ".join(f"sm_{arch}" for arch in archs)
+    return (
+        f"the native library was built for {listed}, {name} has compute capability {number}; build it again with "
+        f"HSM_KERNELS_CUDA_ARCHS={number}"
+    )
 
 
 def has_cpu_kernels(device: torch.device) -> bool:

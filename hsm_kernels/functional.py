@@ -454,17 +454,25 @@ def _layers(kind: _Kind, weights: Sequence[LayerWeights], directions: int, input
         for entry in layer:
             for k, tensor in enumerate(entry):
                 wanted = matrix_dtype if len(expected[k]) == 2 else dtype
-                if tensor is not None and (tensor.shape != expected[k] or (wanted and tensor.dtype != wanted)):
-                    raise _weight_error(kind, Weights._fields[k], tensor, expected[k], input.dtype)
+                if tensor is not None and (
+                    tensor.shape != expected[k] or (wanted and tensor.dtype != wanted) or tensor.device != input.device
+                ):
+                    raise _weight_error(kind, Weights._fields[k], tensor, expected[k], input)
         size = directions * hidden_out
     return layers
 
 
 def _weight_error(
-    kind: _Kind, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    kind: _Kind, name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor
 ) -> RuntimeError | ValueError:
     if tensor.shape != shape:
         return RuntimeError(f"{kind.name}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != input.device:
+        return RuntimeError(
+            f"{kind.name}: {name} must be on the input's device {input.device}, got {tensor.device}; use "
+            "model.to(input.device)"
+        )
+    dtype = input.dtype
     return ValueError(
         f"{kind.name}: {name} must have the input's dtype {dtype}, got {tensor.dtype}; use input.to({tensor.dtype}) or "
         f"model.to({dtype})"

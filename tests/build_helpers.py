@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,16 @@ PACKAGE = Path(hsm_kernels.__file__).parent
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+
+#: C++ names of torch change from version to version.
+UNSTABLE = re.compile(r"\b(at|c10|torch|caffe2)::")
+
+ROOT = Path(__file__).parents[1]
+needs_repository = pytest.mark.skipif(
+    not (ROOT / "setup.py").is_file(), reason="the tests were copied out of the repository"
+)
 
 TINY_SOURCE = """
 extern "C" __attribute__((visibility("default"))) int answer() { return 42; }
@@ -129,3 +140,42 @@ class Child:
         reasons = self.report["reasons"]
         assert isinstance(reasons, list)
         return "\n".join(reasons)
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    """What git would have, so that nothing that was built before gets in."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "Makefile"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder)
+    unwanted = shutil.ignore_patterns("*.so", "_C*.json", "__pycache__")
+    for name in ("csrc", "hsm_kernels", "tests", "examples", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
+    return folder
+
+
+def build(what: str, repository: Path, **variables: str) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+    """Call the build backend as pip does. Returns what was built, and what was printed."""
+    output = repository / "out"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", f"from setuptools import build_meta; build_meta.{what}('out')"],
+        cwd=repository,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    return next(output.iterdir(), output), done
+
+
+def undefined_symbols(library: Path) -> list[str]:
+    """What ``library`` takes from others, C++ names in plain text, without symbol versions."""
+    command = ["nm", "--dynamic", "--undefined-only", "--demangle", "--format=just-symbols"]
+    done = subprocess.run([*command, library], capture_output=True, text=True, check=True)
+    return [line.split("@")[0] for line in done.stdout.splitlines()]
+
+
+def needed_libraries(library: Path) -> set[str]:
+    """The names of the libraries that ``library`` is linked to, without versions."""
+    done = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    return {name.split(".so")[0] for name in re.findall(r"NEEDED.*\[(.*)\]", done.stdout)}

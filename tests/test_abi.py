@@ -1,34 +1,14 @@
 """The library needs only the stable interface of torch, so that one binary serves all versions."""
 
 import os
-import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from build_helpers import COMPILER, needs_compiler
+from build_helpers import COMPILER, UNSTABLE, needed_libraries, needs_compiler, needs_nm, undefined_symbols
 
 import hsm_kernels
 from hsm_kernels._build import description
-
-needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
-
-#: C++ names of torch change from version to version.
-UNSTABLE = re.compile(r"\b(at|c10|torch|caffe2)::")
-
-
-def undefined_symbols(library: Path) -> list[str]:
-    """What ``library`` takes from others, C++ names in plain text, without symbol versions."""
-    command = ["nm", "--dynamic", "--undefined-only", "--demangle", "--format=just-symbols"]
-    done = subprocess.run([*command, library], capture_output=True, text=True, check=True)
-    return [line.split("@")[0] for line in done.stdout.splitlines()]
-
-
-def needed_libraries(library: Path) -> set[str]:
-    """The names of the libraries that ``library`` is linked to, without versions."""
-    done = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
-    return {name.split(".so")[0] for name in re.findall(r"NEEDED.*\[(.*)\]", done.stdout)}
 
 
 @pytest.fixture

@@ -1,22 +1,26 @@
 """What setup.py makes: wheels with and without the library, and the source distribution."""
 
-import os
 import resource
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
-from build_helpers import Child, FakeCompiler, environment, needs_compiler
+from build_helpers import (
+    ROOT,
+    Child,
+    FakeCompiler,
+    build,
+    copy_of_the_repository,
+    environment,
+    needs_compiler,
+    needs_repository,
+)
 
 from hsm_kernels._build import description
 
-ROOT = Path(__file__).parents[1]
-
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the tests were copied out of the repository")
+pytestmark = needs_repository
 
 #: The real kernels, an operator of theirs called without anything else of the package.
 RUN_AN_OPERATOR = """
@@ -24,32 +28,6 @@ import torch, hsm_kernels
 assert hsm_kernels.build_info().how == "just in time", hsm_kernels.build_info()
 print(torch._C._dispatch_has_kernel_for_dispatch_key("hsm_kernels::lstm_forward", "CPU"))
 """
-
-
-def copy_of_the_repository(folder: Path) -> Path:
-    """What git would have, so that nothing that was built before gets in."""
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "Makefile"):
-        folder.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, folder)
-    unwanted = shutil.ignore_patterns("*.so", "_C*.json", "__pycache__")
-    for name in ("csrc", "hsm_kernels", "tests", "examples", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
-    return folder
-
-
-def build(what: str, repository: Path, **variables: str) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
-    """Call the build backend as pip does. Returns what was built, and what was printed."""
-    output = repository / "out"
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", f"from setuptools import build_meta; build_meta.{what}('out')"],
-        cwd=repository,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-    )
-    return next(output.iterdir(), output), done
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import toolchain
+from .description import OLDEST_GPU
 
 #: A100, H100 and H200, B200; GPUs between and after them run the code of an older one, or PTX.
 DEFAULT_ARCHS = ("80", "90a", "100")
@@ -173,7 +174,7 @@ def visible_gpus() -> list[tuple[int, int]]:
 
 def archs_of(gpus: Iterable[tuple[int, int]]) -> tuple[str, ...]:
     """The architectures to compile for these GPUs; none for those that are too old."""
-    archs = {(major, minor): f"{major}{minor}{'a' if major == 9 else ''}" for major, minor in gpus if major >= 7}
+    archs = {(major, minor): f"{major}{minor}{'a' if major == 9 else ''}" for major, minor in gpus if (major, minor) >= OLDEST_GPU}
     return tuple(archs[capability] for capability in sorted(archs))
 
 
@@ -188,22 +189,10 @@ def parse_archs(text: str) -> tuple[str, ...]:
         if match is None:
             raise ValueError(f"HSM_KERNELS_CUDA_ARCHS must name architectures like '80 90a 100+PTX', got {word!r}")
         major, minor, suffix, ptx = match.groups()
-        if int(major) < 7:
-            raise ValueError(f"HSM_KERNELS_CUDA_ARCHS: the oldest supported architecture is sm_70, got {word!r}")
+        if (int(major), int(minor)) < OLDEST_GPU:
+            oldest = "{}{}".format(*OLDEST_GPU)
+            raise ValueError(f"HSM_KERNELS_CUDA_ARCHS: the oldest supported architecture is sm_{oldest}, got {word!r}")
         arch = f"{major}{minor}{suffix.lower()}{'+PTX' if ptx else ''}"
         if arch not in archs:
             archs.append(arch)
     return tuple(archs)
-
-
-def covers(archs: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether code for ``archs`` runs on a GPU: made for it or an older one of its generation, or PTX for an older one."""
-    for arch in archs:
-        number, _, ptx = arch.partition("+")
-        exact = number[-1:] in ("a", "f")
-        built = divmod(int(number.rstrip("af")), 10)
-        if built == capability:
-            return True
-        if not exact and built <= capability and (ptx or built[0] == capability[0]):
-            return True
-    return False

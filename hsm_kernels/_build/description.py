@@ -1,7 +1,7 @@
 """What the native library is made of: the one list for setup.py and the just-in-time build."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +38,9 @@ COMPILE_FLAGS = (
 )
 LINK_FLAGS = ("-shared", "-Wl,--as-needed")
 LIBRARIES = ("torch_cpu",)
+
+#: By its compute capability.
+OLDEST_GPU = (7, 0)
 
 #: The define tells the binding. The runtime is linked statically: torch's may be another version, or not there.
 CUDA_DEFINE = "-DHSM_CUDA"
@@ -141,6 +144,19 @@ def describe(root: Path, *, python_module: bool, cuda_archs: tuple[str, ...] = (
         cuda_archs=cuda_archs,
         cuda_compile_flags=(*CUDA_COMPILE_FLAGS, *(flag for arch in cuda_archs for flag in _gencode(arch))),
     )
+
+
+def covers(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code for ``archs`` runs on a GPU: made for it or an older one of its generation, or PTX for an older one."""
+    for arch in archs:
+        number, _, ptx = arch.partition("+")
+        exact = number[-1:] in ("a", "f")
+        built = divmod(int(number.rstrip("af")), 10)
+        if built == capability:
+            return True
+        if not exact and built <= capability and (ptx or built[0] == capability[0]):
+            return True
+    return False
 
 
 def _gencode(arch: str) -> Iterator[str]:
