@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 os.environ["HSM_KERNELS_POISON"] = "1"
 # A backward graph that torch.compile kept from another version of this package has that version's operators.
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+# Without it torch refuses its own products on a GPU while it is asked for deterministic ones.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import hsm_kernels as hsm
 
@@ -29,14 +31,31 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 torch.set_num_threads(2)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what is marked `requires_library` where none is loaded."""
-    if hsm.build_info().loaded:
-        return
-    skip = pytest.mark.skip(reason="no native library is loaded")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tensors are, like cuda:1; for tests for `any_device`")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips what is marked `requires_library` where none is loaded, and what is for the CPU on another device."""
+    no_library = pytest.mark.skip(reason="no native library is loaded")
+    not_here = pytest.mark.skip(reason="only on the CPU")
+    on_cpu = config.getoption("--device") == "cpu"
     for item in items:
-        if item.get_closest_marker("requires_library"):
-            item.add_marker(skip)
+        if item.get_closest_marker("requires_library") and not hsm.build_info().loaded:
+            item.add_marker(no_library)
+        if not on_cpu and (item.get_closest_marker("cpu") or not item.get_closest_marker("any_device")):
+            item.add_marker(not_here)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where tensors are by default in this run."""
+    return torch.get_default_device()
 
 
 @pytest.fixture(autouse=True)

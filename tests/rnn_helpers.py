@@ -61,8 +61,9 @@ def leaf(value: Any) -> Any:
 
 def weightings(outputs: Sequence[Tensor], grain: torch.dtype) -> list[Tensor]:
     """Fixed random output gradients that are exact in the dtype `grain`."""
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(grain).to(out.dtype) for out in outputs]
+    generator = torch.Generator("cpu").manual_seed(7)
+    drawn = (torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu") for out in outputs)
+    return [numbers.to(grain).to(out) for numbers, out in zip(drawn, outputs, strict=True)]
 
 
 def gradients(result: Any, wanted: Any, grain: torch.dtype | None = None) -> list[Tensor]:

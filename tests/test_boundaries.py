@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import hsm_kernels as hsm
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.any_device]
 
 # Each is a way to build a module that the semantics must hold for.
 VARIANTS = [
@@ -454,7 +454,7 @@ def test_lengths_equal_a_packed_sequence(backend: str, cell: str, options: dict[
     rnn, theirs = make_pair(cell, FEATURES, HIDDEN, dtype=torch.float64, **options)
     input, hx = leaf(make_input()), leaf(make_state(rnn))
     result = rnn(input, hx, lengths=torch.tensor(lengths))
-    packed = pack_padded_sequence(input, torch.tensor(lengths), enforce_sorted=False)
+    packed = pack_padded_sequence(input, torch.tensor(lengths, device="cpu"), enforce_sorted=False)
     packed_output, state = theirs(packed, hx)
     wanted = (pad_packed_sequence(packed_output, total_length=STEPS)[0], state)
     assert_close(result, wanted)
@@ -836,5 +836,5 @@ def test_recomputation_saves_memory(cell: str) -> None:
 
 def test_a_packed_sequence_can_be_recomputed() -> None:
     rnn, input = make("LSTM"), make_input()
-    packed = pack_padded_sequence(input, torch.tensor([7, 5, 2]))
+    packed = pack_padded_sequence(input, torch.tensor([7, 5, 2], device="cpu"))
     assert_close(rnn(packed, recompute=True), rnn(packed))

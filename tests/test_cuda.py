@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from build_helpers import PACKAGE
-from rnn_helpers import SEQUENCE_CELLS, tensors
+from rnn_helpers import DTYPES, SEQUENCE_CELLS, tensors
 from test_ops import Case, backward_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -231,6 +231,15 @@ def test_the_choice_can_be_compiled(library_for: Any) -> None:
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)).item() == 1
+
+
+@pytest.mark.any_device
+@pytest.mark.requires_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_device_has_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """The other tests of a run with --device cuda would pass with the reference, too."""
+    plan = _backend.plan(device.type, device, dtype)
+    assert plan.backend == device.type
 
 
 # --------------------------------------------------------------------------------------------- what operators are given

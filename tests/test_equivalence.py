@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import hsm_kernels as hsm
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.any_device]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def build(case: Case) -> tuple[nn.Module, nn.Module, Tensor, Any]:
         lengths[0] = case.length
         is_sorted = case.layout == "packed"
         lengths = lengths.sort(descending=True).values if is_sorted else lengths.flip(0)
-        ours, theirs = (Packed(rnn, lengths, is_sorted) for rnn in (ours, theirs))
+        ours, theirs = (Packed(rnn, lengths.cpu(), is_sorted) for rnn in (ours, theirs))
     return ours.train(case.training), theirs.train(case.training), input, hx
 
 

@@ -20,6 +20,8 @@ from hsm_kernels._gradients import HiddenStates, without_padding
 from hsm_kernels.reference import Weights
 
 OPS = torch.ops.hsm_kernels
+pytestmark = pytest.mark.any_device
+
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -47,10 +49,12 @@ class Case:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
+        # The same numbers on every device.
+        generator, device = torch.Generator("cpu").manual_seed(self.seed), torch.get_default_device()
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, dtype=torch.float64, generator=generator).to(self.dtype).requires_grad_()
+            drawn = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
+            return drawn.to(device, self.dtype).requires_grad_()
 
         def draw_matrix(rows: int, columns: int) -> Tensor:
             return (draw(rows, columns).detach() / columns**0.5).requires_grad_()
@@ -75,15 +79,16 @@ class Case:
         self.reset_to = tuple(draw(*shape) for shape in shapes) if self.resets and self.reset_state else none
 
         def mask(wanted: bool) -> Tensor | None:
-            return torch.rand(self.batch, self.steps, generator=generator).t() < self.density if wanted else None
+            drawn = torch.rand(self.batch, self.steps, generator=generator, device="cpu").to(device)
+            return drawn.t() < self.density if wanted else None
 
         self.reset_mask, self.detach_mask = mask(self.resets), mask(self.detaches)
         if self.detach_every:
             every = (torch.arange(self.steps) % self.detach_every == 0)[:, None].expand(self.steps, self.batch).clone()
             every[:1] = False
             self.detach_mask = every if self.detach_mask is None else self.detach_mask | every
-        drawn = torch.randint(0, self.steps + 1, (self.batch,), generator=generator)
-        self.length = drawn if self.lengths else None
+        drawn = torch.randint(0, self.steps + 1, (self.batch,), generator=generator, device="cpu")
+        self.length = drawn.to(device) if self.lengths else None
 
     @property
     def differentiable(self) -> list[Tensor]:
@@ -139,8 +144,9 @@ class Case:
 
     def upstream(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
         """Drawn gradients of ``outputs``."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        return [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
+        generator = torch.Generator("cpu").manual_seed(self.seed + 1)
+        drawn = (torch.randn(o.shape, dtype=torch.float64, generator=generator, device="cpu") for o in outputs)
+        return [numbers.to(o) for numbers, o in zip(drawn, outputs, strict=True)]
 
     def gradients(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Of everything differentiable, for drawn gradients of all ``outputs``."""
@@ -360,6 +366,7 @@ LARGE = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
@@ -386,6 +393,7 @@ def test_threads_give_the_same_bits(cell: str, directions: int, name: str) -> No
     torch.testing.assert_close(results[0][0], tuple(w.float() for w in wanted), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.cpu
 @pytest.mark.requires_library
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
@@ -521,6 +529,7 @@ def test_product(poisoned_memory: None, shape: tuple[int, int, int], order: str,
     assert ((got.double() - wanted).abs() <= sums + torch.finfo(dtype).eps * wanted.abs()).all()
 
 
+@pytest.mark.cpu
 @pytest.mark.requires_library
 @pytest.mark.parametrize("choice", ["own", "torch"])
 def test_products_of_either_kind(choice: str) -> None:
@@ -587,6 +596,7 @@ def cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
+@pytest.mark.cpu
 @pytest.mark.requires_library
 @pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_instruction_sets(instruction_set: str) -> None:
@@ -618,6 +628,7 @@ def test_lengths_beyond_the_end_read_no_mask_there(cell: str) -> None:
     torch.testing.assert_close(case.forward(), wanted, rtol=0, atol=0)
 
 
+@pytest.mark.cpu
 @pytest.mark.requires_library
 @pytest.mark.parametrize(
     "variable, value, wanted",
@@ -635,6 +646,7 @@ def test_unknown_choice_of_kernels_is_an_error(variable: str, value: str, wanted
     assert value in run.stderr
 
 
+@pytest.mark.cpu
 def test_library_is_what_the_dispatcher_says() -> None:
     registered = torch._C._dispatch_has_kernel_for_dispatch_key("hsm_kernels::lstm_forward", "CPU")
     assert registered == hsm.build_info().loaded
