@@ -17,8 +17,8 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
     ``rnn`` is a module of hsm_kernels, ``input`` what it would be called with; ``options`` are the keyword arguments
     of its forward. For the CPU kernels the variant is the instruction set, and the reason says how many threads the
     first layer's forward pass uses, where it packs the weights, and how many steps of the input it multiplies at once;
-    masks and lengths, which may change that, are not looked at. On a GPU the variant is ``"step"``. Raises TypeError for another module, RuntimeError if
-    :func:`set_backend` asked for a backend that cannot run it.
+    masks and lengths, which may change that, are not looked at. On a GPU the variant is ``"step"``. Raises TypeError
+    for another module, RuntimeError if :func:`set_backend` asked for a backend that cannot run it.
 
     >>> import torch, hsm_kernels as hsm
     >>> with hsm.use_backend("reference"):
