@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
 # From the folder of the tests, where Python finds the installed package and not its sources.
 PYTEST := cd tests && $(abspath $(BIN))/python -m pytest
-NEEDS_LIBRARY := test_abi.py test_build.py test_compile_cuda.py test_jit.py
+NEEDS_LIBRARY := test_abi.py test_build.py test_compile_cuda.py test_jit.py sim
 SOURCES := $(shell find hsm_kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: demo demo-memory demo-audio test lint test-wheel test-none test-jit test-versions peers bench bench-full bench-boundaries clean

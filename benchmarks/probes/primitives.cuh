@@ -1,0 +1,147 @@
+// Instructions of sm_90 that the probes use, and how kernels are launched that need each other: in clusters, or all at once.
+// The simulator of tests/sim has the same names for a C++ compiler.
+//
+//   launch_together(kernel, shape, together, stream, arguments...)   launch() with clusters, or cooperative
+//   cluster_rank() cluster_blocks() cluster_arrive() cluster_wait()
+//   map_to_rank(address, rank)             the same place in the shared memory of another block of the cluster
+//   mbarrier_...                           a barrier in shared memory that also counts bytes
+//   store_async(to, value, barrier)        16 bytes into another block's shared memory, which credits its barrier
+//   load_relaxed, store_relaxed            16 bytes of global memory, word by word, seen by all blocks
+//   mma_bf16(d, a, b) mma_fp16 mma_tf32    D += A B by one warp: m16n8k16, and m16n8k8 for TF32
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device.cuh"
+
+namespace hsm {
+namespace cuda {
+
+struct Together {
+  unsigned cluster = 1;
+  bool cooperative = false;
+};
+
+struct alignas(16) Words4 {
+  uint32_t x, y, z, w;
+};
+
+using Mbarrier = uint64_t;
+
+}  // namespace cuda
+}  // namespace hsm
+
+#ifdef HSM_SIMULATOR
+#include "sim/primitives.h"
+#else
+
+namespace hsm {
+namespace cuda {
+
+template <class... Arguments>
+cudaError_t launch_together(void (*kernel)(Arguments...), const LaunchShape& shape, Together together, cudaStream_t stream,
+                            const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = together.cluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = together.cooperative;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(shape.grid_x, shape.grid_y, shape.grid_z);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+HSM_DEVICE unsigned blocks() { return gridDim.x; }
+HSM_DEVICE unsigned lane() { return threadIdx.x % 32; }
+
+HSM_DEVICE unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+HSM_DEVICE unsigned cluster_blocks() {
+  unsigned count;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+  return count;
+}
+HSM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+HSM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+HSM_DEVICE uint32_t shared_address(const void* address) { return static_cast<uint32_t>(__cvta_generic_to_shared(address)); }
+
+struct ClusterAddress {
+  uint32_t value;
+};
+HSM_DEVICE ClusterAddress map_to_rank(const void* address, unsigned rank) {
+  ClusterAddress mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped.value) : "r"(shared_address(address)), "r"(rank));
+  return mapped;
+}
+
+HSM_DEVICE void mbarrier_init(Mbarrier* barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// After the inits and before a cluster barrier, so that other blocks find the barriers ready.
+HSM_DEVICE void mbarrier_fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+HSM_DEVICE void mbarrier_arrive_expect(Mbarrier* barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+HSM_DEVICE void mbarrier_arrive_remote(ClusterAddress barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier.value) : "memory");
+}
+// Until the phase of this parity is complete.
+HSM_DEVICE void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
+  const uint32_t address = shared_address(barrier);
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred done;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, done;\n\t}"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+HSM_DEVICE void store_async(ClusterAddress to, const Words4& value, ClusterAddress barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to.value),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier.value)
+               : "memory");
+}
+
+HSM_DEVICE Words4 load_relaxed(const Words4* address) {
+  Words4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address)
+               : "memory");
+  return value;
+}
+HSM_DEVICE void store_relaxed(Words4* address, const Words4& value) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+#define HSM_MMA(name, shape, type)                                                                              \
+  HSM_DEVICE void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {                            \
+    asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+                 "{%0, %1, %2, %3};"                                                                            \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                           \
+  }
+HSM_MMA(mma_bf16, "m16n8k16", "bf16")
+HSM_MMA(mma_fp16, "m16n8k16", "f16")
+HSM_MMA(mma_tf32, "m16n8k8", "tf32")
+#undef HSM_MMA
+
+}  // namespace cuda
+}  // namespace hsm
+
+#endif
