@@ -7,7 +7,9 @@
 //   mbarrier_...                           a barrier in shared memory that also counts bytes
 //   store_async(to, value, barrier)        16 bytes into another block's shared memory, which credits its barrier
 //   load_relaxed, store_relaxed            16 bytes of global memory, word by word, seen by all blocks
+//   fence()                                what was written before it is seen before what is written after it
 //   mma_bf16(d, a, b) mma_fp16 mma_tf32    D += A B by one warp: m16n8k16, and m16n8k8 for TF32
+//   let_next_kernel_start() wait_for_kernel_before()   of kernels that are launched to overlap
 #pragma once
 
 #include <cstdint>
@@ -20,6 +22,7 @@ namespace cuda {
 struct Together {
   unsigned cluster = 1;
   bool cooperative = false;
+  bool overlaps = false;  // starts before the kernel before it has ended
 };
 
 struct alignas(16) Words4 {
@@ -41,19 +44,27 @@ namespace cuda {
 template <class... Arguments>
 cudaError_t launch_together(void (*kernel)(Arguments...), const LaunchShape& shape, Together together, cudaStream_t stream,
                             const Arguments&... arguments) {
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = together.cluster;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeCooperative;
-  attributes[1].val.cooperative = together.cooperative;
+  cudaLaunchAttribute attributes[3]{};
+  unsigned count = 0;
+  if (together.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {together.cluster, 1, 1};
+  }
+  if (together.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (together.overlaps) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(shape.grid_x, shape.grid_y, shape.grid_z);
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = 2;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -128,6 +139,11 @@ HSM_DEVICE void store_relaxed(Words4* address, const Words4& value) {
                "r"(value.w)
                : "memory");
 }
+
+HSM_DEVICE void fence() { __threadfence(); }
+
+HSM_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+HSM_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 #define HSM_MMA(name, shape, type)                                                                              \
   HSM_DEVICE void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {                            \

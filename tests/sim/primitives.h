@@ -50,6 +50,11 @@ inline void store_relaxed(Words4* address, const Words4& value) {
   sim::progress();
 }
 
+// Memory is one here, and kernels run one after the other.
+inline void fence() {}
+inline void let_next_kernel_start() {}
+inline void wait_for_kernel_before() {}
+
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], sim::Where where = sim::Where::here()) {
   sim::mma<bfloat16>(d, a, b, where);
 }

@@ -192,6 +192,7 @@ class Launch {
   Launch(const LaunchConfig& config, const std::function<void()>& kernel) : config_(config), kernel_(kernel) {
     order_ = static_cast<Order>(random_.below(3));
     stays_ = random_.below(4) > 0;
+    has_laggards_ = random_.below(2) > 0;
     delivery_ = static_cast<Delivery>(random_.below(3));
     resident_clusters_ = 1 + random_.below(4);
   }
@@ -301,6 +302,7 @@ class Launch {
       make_shared_memory(block);
       make_threads(block, rank);
     }
+    if (!laggards_.block) choose_laggards();
   }
 
   void make_shared_memory(Block& block) {
@@ -327,7 +329,7 @@ class Launch {
     if (random_.below(64) == 0 && !blocks_.empty()) wake_pollers(*blocks_[random_.below(static_cast<unsigned>(blocks_.size()))]);
     Block* block = choose_block();
     if (block) return resume(*block->threads[choose_thread(*block)]);
-    if (deliver()) return;
+    if (deliver() || wake_laggards()) return;
     bool polled = false;
     for (auto& b : blocks_) polled = wake_pollers(*b) || polled;
     if (!polled || ++idle_rounds_ > most_idle_rounds) error_ = "deadlock: " + who_waits();
@@ -376,7 +378,27 @@ class Launch {
 
   void make_ready(Thread& t) {
     t.state = State::ready;
-    t.block->ready.add(t.index);
+    if (t.block == laggards_.block && t.index >= laggards_.begin && t.index < laggards_.end)
+      late_.push_back(&t);
+    else
+      t.block->ready.add(t.index);
+  }
+
+  // Some threads go on only when nobody else can: others are then as far ahead of them as they can get.
+  bool wake_laggards() {
+    const bool any = !late_.empty();
+    for (Thread* t : late_) t->block->ready.add(t->index);
+    late_.clear();
+    choose_laggards();
+    return any;
+  }
+
+  void choose_laggards() {
+    if (!has_laggards_) return;
+    Block* block = blocks_[random_.below(static_cast<unsigned>(blocks_.size()))].get();
+    const unsigned all = config_.block.count(), sizes[] = {1, warp_size, all}, size = sizes[random_.below(3)];
+    const unsigned begin = random_.below(all) / size * size;
+    laggards_ = {block, begin, begin + size};
   }
 
   bool wake_pollers(Block& block) {
@@ -421,6 +443,7 @@ class Launch {
     Cluster* cluster = block.cluster;
     if (!std::all_of(cluster->blocks.begin(), cluster->blocks.end(), [](const Block* b) { return b->over(); })) return;
     stay_ = nullptr;
+    laggards_ = {};
     for (Block* b : cluster->blocks) free_block(*b);
     const auto gone = [&](const std::unique_ptr<Block>& b) { return b->cluster == cluster; };
     blocks_.erase(std::remove_if(blocks_.begin(), blocks_.end(), gone), blocks_.end());
@@ -486,13 +509,19 @@ class Launch {
   const LaunchConfig config_;
   const std::function<void()>& kernel_;
   Order order_;
-  bool stays_;
+  bool stays_;  // with a block while it has threads that can run
   Delivery delivery_;
   unsigned resident_clusters_;
   Fiber host_;
   std::vector<std::unique_ptr<Cluster>> clusters_;
   std::vector<std::unique_ptr<Block>> blocks_;
   Block* stay_ = nullptr;
+  struct {
+    Block* block;
+    unsigned begin, end;  // of its threads
+  } laggards_{};
+  std::vector<Thread*> late_;
+  bool has_laggards_;
   Rendezvous grid_;
   bool ended_ = false;  // any thread
   int idle_rounds_ = 0;

@@ -1,7 +1,7 @@
 // A grid of CUDA threads on one thread of the host: each is a fiber that runs until it has to wait, then another one is drawn.
 //
-// The schedule is greedy and random: a block goes on until all its threads wait, and which thread runs next depends on the seed. So
-// what a missing barrier lets a thread see, some seed shows. Shared memory is NaN when a block starts. What can never happen on a
+// The schedule is greedy and random: a block goes on until all its threads wait, which thread runs next depends on the seed, and some
+// threads are held back as long as others can run. So what a missing barrier lets a thread see, some seed shows. Shared memory is NaN when a block starts. What can never happen on a
 // GPU without a fault of the kernel ends the launch with a message: threads that wait for ever (and for what), a barrier that some
 // thread of a block does not reach, an address outside a block's shared memory.
 #pragma once
