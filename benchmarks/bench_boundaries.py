@@ -27,6 +27,7 @@ from results import Spread, describe_machine, save, spread_of, warn_of_load
 from timing import (
     Contender,
     Effort,
+    Measure,
     default_threads,
     measure,
     merged,
@@ -103,7 +104,7 @@ def default_path(mode: str) -> Path:
     return Path(__file__).parent / "results" / f"{name}.json"
 
 
-def measure_row(case: BoundaryCase, effort: Effort) -> BoundaryRow:
+def measure_row(case: BoundaryCase, effort: Effort, measure: Measure = measure) -> BoundaryRow:
     """Check that contenders agree on ``case``, then time them."""
     with torch_threads(case.sizes.threads):
         plan = case.plan(case.sizes)
@@ -146,12 +147,12 @@ def finding(
 
 def complain_of_differences(rows: list[BoundaryRow]) -> int:
     """Name the contenders that do not agree; 1 if there are any."""
-    limit = LARGEST_DIFFERENCE["float32"]
-    wrong = [(row.case, d) for row in rows for d in row.differences if not d.distance <= limit]
+    limits = {row.case: LARGEST_DIFFERENCE[row.case.sizes.dtype] for row in rows}
+    wrong = [(row.case, d) for row in rows for d in row.differences if not d.distance <= limits[row.case]]
     for case, difference in wrong:
         print(
             f"bench_boundaries: {case}: {' and '.join(difference.names)} must agree within "
-            f"{limit:g}, but differ by {difference.distance:.2g}",
+            f"{limits[case]:g}, but differ by {difference.distance:.2g}",
             file=sys.stderr,
         )
     return 1 if wrong else 0

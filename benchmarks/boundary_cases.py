@@ -80,7 +80,8 @@ class BoundaryCase:
         """The case in words, as --only finds it."""
         case = self.sizes
         size = f"L={case.length} N={case.batch} H={case.hidden}"
-        return f"{case.op} {self.topic} {size} x{case.threads}"
+        dtype = "" if case.dtype == "float32" else f" {case.dtype}"
+        return f"{case.op} {self.topic} {size}{dtype} {case.place}"
 
 
 # The rows
@@ -164,7 +165,7 @@ def resets(
 ) -> Plan:
     """Resets at random steps, each with probability ``p``."""
     problem = make_problem(case, bidirectional=bidirectional)
-    mask = torch.rand(case.length, case.batch) < p
+    mask = torch.rand(case.length, case.batch, device=case.device) < p
     torch_without_mask = f"{TORCH}, no mask"
     targets = targets or {}
     return Plan(
@@ -204,7 +205,7 @@ def truncated(case: Case, *, steps: int, target: Target) -> Plan:
 def backward_alone(case: Case, *, steps: int, target: Target | None) -> Plan:
     """Our backward pass with detaches, regular and random, against that without."""
     problem = make_problem(case)
-    mask = torch.rand(case.length, case.batch) < 1 / steps
+    mask = torch.rand(case.length, case.batch, device=case.device) < 1 / steps
     regular, random = f"{OURS}, every {steps}", f"{OURS}, p=1/{steps}"
     loop = recipes.detaching_step_loop
     return Plan(
@@ -226,7 +227,7 @@ def backward_alone(case: Case, *, steps: int, target: Target | None) -> Plan:
 def lengths(case: Case) -> Plan:
     """Sequences of lengths from 1 to L."""
     problem = make_problem(case)
-    drawn = torch.randint(1, case.length + 1, (case.batch,))
+    drawn = torch.randint(1, case.length + 1, (case.batch,), device=case.device)
     ignored = f"{TORCH}, lengths ignored"
     return Plan(
         [

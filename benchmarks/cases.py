@@ -14,7 +14,8 @@ Kind = Literal["step", "inference", "training"]
 State = Tensor | tuple[Tensor, Tensor]
 
 GATES: dict[Operator, int] = {"LSTM": 4, "GRU": 3}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_DTYPES = ("float32", "bfloat16")  # of the benchmark of CPUs
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,17 @@ class Case:
     hidden: int  # H, and the input size
     dtype: str
     threads: int
+    device: str = "cpu"
 
     def __str__(self) -> str:
         """The case in words, as --only finds it."""
         size = f"L={self.length} N={self.batch} H={self.hidden}"
-        return f"{self.op} {self.kind} {size} {self.dtype} x{self.threads}"
+        return f"{self.op} {self.kind} {size} {self.dtype} {self.place}"
+
+    @property
+    def place(self) -> str:
+        """Where it runs, in a word."""
+        return f"x{self.threads}" if self.device == "cpu" else self.device
 
     @property
     def flops(self) -> int:
@@ -68,23 +75,23 @@ class Problem:
 def make_problem(case: Case, *, bidirectional: bool = False) -> Problem:
     """The problem of ``case``; equal for equal cases."""
     torch.manual_seed(0)
-    dtype = DTYPES[case.dtype]
+    there = {"device": case.device, "dtype": DTYPES[case.dtype]}
     torch_nn, ours = (
-        getattr(library, case.op)(case.hidden, case.hidden, bidirectional=bidirectional).to(dtype)
+        getattr(library, case.op)(case.hidden, case.hidden, bidirectional=bidirectional).to(**there)
         for library in (nn, hsm)
     )
     ours.load_state_dict(torch_nn.state_dict())
     for module in (ours, torch_nn):
         module.train(case.kind == "training")
     directions = 2 if bidirectional else 1
-    h = torch.randn(directions, case.batch, case.hidden).tanh().to(dtype)
+    h = torch.randn(directions, case.batch, case.hidden).tanh().to(**there)
     return Problem(
         case=case,
         ours=ours,
         torch_nn=torch_nn,
-        input=torch.randn(case.length, case.batch, case.hidden).to(dtype),
+        input=torch.randn(case.length, case.batch, case.hidden).to(**there),
         state=(h, h.clone()) if case.op == "LSTM" else h,
-        output_gradient=torch.randn(case.length, case.batch, directions * case.hidden).to(dtype),
+        output_gradient=torch.randn(case.length, case.batch, directions * case.hidden).to(**there),
     )
 
 
@@ -119,7 +126,7 @@ def full_cases(threads: int) -> list[Case]:
     """The whole grid, in float32 and bfloat16."""
     lengths, batches, sizes = [32, 256], [1, 4, 16, 64], [64, 128, 256, 512, 1024]
     cases = []
-    for dtype in DTYPES:
+    for dtype in CPU_DTYPES:
         cases += grid("step", [1], [1], sizes[:-1], dtype, threads)
         cases += grid("inference", lengths, batches, sizes, dtype, threads)
         cases += grid("training", lengths, batches, sizes, dtype, threads)
@@ -129,7 +136,7 @@ def full_cases(threads: int) -> list[Case]:
 def check_cases(threads: int) -> list[Case]:
     """Tiny sizes that touch every kind of row, for continuous integration."""
     cases = []
-    for dtype in DTYPES:
+    for dtype in CPU_DTYPES:
         cases += grid("step", [1], [1], [16], dtype, threads)
         cases += grid("inference", [5], [1, 3], [16], dtype, threads)
         cases += grid("training", [5], [3], [16], dtype, threads)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from cases import DTYPES, Case
+from cases import CPU_DTYPES, DTYPES, Case
 from timing import Contender, Effort, measure, merged, torch_threads
 from torch import Tensor
 
@@ -62,14 +62,11 @@ def _format_speeds(speeds: dict[str, float]) -> str:
 
 def measure_limits(threads: int, seconds: float, gemm_sizes: Sequence[int]) -> Limits:
     """Measure all speeds in about ``seconds``."""
-    each = seconds / (len(DTYPES) + len(WEIGHT_SIZES))
+    each = seconds / (len(CPU_DTYPES) + len(WEIGHT_SIZES))
     with torch_threads(threads), torch.inference_mode():
         return Limits(
             threads,
-            {
-                name: _gemm_speeds(dtype, threads, each, gemm_sizes)
-                for name, dtype in DTYPES.items()
-            },
+            {name: _gemm_speeds(DTYPES[name], threads, each, gemm_sizes) for name in CPU_DTYPES},
             dict(_reading_speeds(hidden, threads, each) for hidden in WEIGHT_SIZES),
         )
 

@@ -60,8 +60,8 @@ def pad_episodes(sequence: Tensor, reset_mask: Tensor) -> tuple[Tensor, Tensor]:
     starts = reset_mask.clone()
     starts[0] = True
     begin = starts.t().flatten().nonzero().flatten()
-    lengths = begin.diff(append=torch.tensor([starts.numel()]))
-    valid = torch.arange(int(lengths.max())) < lengths[:, None]
+    lengths = begin.diff(append=begin.new_tensor([starts.numel()]))
+    valid = torch.arange(int(lengths.max()), device=begin.device) < lengths[:, None]
     padded = sequence.new_zeros(*valid.shape, sequence.size(2))
     padded[valid] = sequence.transpose(0, 1).flatten(0, 1)
     return padded, valid
@@ -110,7 +110,7 @@ def detaching_step_loop(module: nn.RNNBase, sequence: Tensor, detach_mask: Tenso
 
 def packed(module: nn.RNNBase, sequence: Tensor, lengths: Tensor) -> Tensor:
     """Lengths by a PackedSequence; zeros behind the end of each sequence."""
-    given = pack_padded_sequence(sequence, lengths, enforce_sorted=False)
+    given = pack_padded_sequence(sequence, lengths.cpu(), enforce_sorted=False)
     output, _ = pad_packed_sequence(module(given)[0], total_length=len(sequence))
     return output
 

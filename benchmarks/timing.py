@@ -40,6 +40,9 @@ class Effort:
         return replace(self, row_seconds=min(self.row_seconds, seconds))
 
 
+Measure = Callable[[Sequence[Contender], int, Effort], dict[str, list[Measurement]]]
+
+
 def measure(
     contenders: Sequence[Contender], threads: int, effort: Effort
 ) -> dict[str, list[Measurement]]:

@@ -1,0 +1,152 @@
+"""The GPU check runs at tiny sizes without a GPU, measures what matters first, and notices what is wrong."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import hsm_kernels as hsm
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Imports a module of the benchmark by name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The results file and the output of one --check run as a program, on one thread."""
+    path = tmp_path_factory.mktemp("gpu") / "check.json"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu_check.py", "--check", "--skip", "tests", "sanitizer", "--out", path],
+        env=os.environ | {"PYTHONPATH": str(Path(hsm.__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()), done.stdout
+
+
+def test_check_measures_every_kind_of_row(checked: tuple[dict[str, Any], str]) -> None:
+    saved, output = checked
+    cases = [row["case"] for row in saved["rows"]]
+    assert len({(case["sizes"]["op"], case["sizes"]["kind"], case["precision"]) for case in cases}) == 2 * 3 * 4
+    for row in saved["rows"]:
+        assert set(row["milliseconds"]) == {"hsm_kernels", "torch.nn"}
+        assert row["ratio"]["median"] > 0 and row["us_per_step"] > 0 and row["rounds"] >= 2
+        assert row["explanation"]
+    assert {row["case"]["topic"] for row in saved["boundary_rows"]} == {"resets p=0.2", "truncated every 4"}
+    assert saved["failed"] == {} and saved["not_measured"] == []
+    assert {"device", "torch", "cudnn", "cuda", "commit", "date"} <= set(saved["machine"])
+    assert saved["stages"]["build"]["plan"] and saved["stages"]["tests"]["skipped"]
+    assert "GRU training bfloat16 L=5" in output and "not measured" not in output
+
+
+def test_the_grid_of_the_issue_in_the_order_of_importance(load: Load) -> None:
+    rows = load("gpu_rows")
+    found = rows.cases(rows.FULL, "cpu")
+    assert len(found) == len(set(found)) == 2 * 4 * 6 * 4 * (1 + 2 * 2)
+    first = [case for case in found if rows.importance(case) == 0]
+    assert found[: len(first)] == first
+    sizes = {(case.sizes.hidden, case.sizes.batch, case.sizes.length, case.precision) for case in first}
+    assert sizes == {(h, n, 1024, "bfloat16") for h in (128, 256, 512) for n in (1, 16, 64)}
+    assert {(case.sizes.op, case.sizes.kind) for case in first} == {
+        (op, kind) for op in ("LSTM", "GRU") for kind in ("inference", "training")
+    }
+
+
+def test_what_is_not_measured_is_named(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.json"
+    arguments = ["--check", "--skip", "tests", "sanitizer", "--seconds", "0.01", "--out", str(path)]
+    assert load("gpu_check").main(arguments) == 0
+    saved = json.loads(path.read_text())
+    assert len(saved["rows"]) <= 1 and len(saved["not_measured"]) > 40
+    assert f"{len(saved['not_measured'])} rows were not measured" in capsys.readouterr().out
+
+
+def run_with(load: Load, tmp_path: Path, only: str) -> int:
+    arguments = ["--check", "--skip", "tests", "sanitizer", "--only", only, "--out", str(tmp_path / "rows.json")]
+    result: int = load("gpu_check").main(arguments)
+    return result
+
+
+def test_wrong_results_are_noticed(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = hsm.GRU.forward
+
+    def doubled(self: hsm.GRU, *arguments: Any, **options: Any) -> Any:
+        output, state = plain(self, *arguments, **options)
+        return 2 * output, state
+
+    assert run_with(load, tmp_path, "GRU inference L=5 N=3 H=8 float32") == 0
+    monkeypatch.setattr(hsm.GRU, "forward", doubled)
+    assert run_with(load, tmp_path, "GRU inference L=5 N=3 H=8 float32") == 1
+    assert "differ by" in capsys.readouterr().err
+    assert run_with(load, tmp_path, "GRU resets") == 1
+
+
+def test_a_row_that_fails_leaves_the_others(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = hsm.LSTM.forward
+
+    def out_of_memory(self: hsm.LSTM, input: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if input.size(1) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+        return plain(self, input, *arguments, **options)
+
+    monkeypatch.setattr(hsm.LSTM, "forward", out_of_memory)
+    assert run_with(load, tmp_path, "LSTM inference L=5") == 1
+    saved = json.loads((tmp_path / "rows.json").read_text())
+    assert len(saved["rows"]) == 4 and len(saved["failed"]) == 4
+    assert set(saved["failed"].values()) == {"CUDA out of memory"}
+    assert "N=3 H=8 bfloat16: CUDA out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "found", "words"),
+    [
+        ("tests", {"status": 1}, "tests: 1"),
+        ("tests", {"status": "stopped after 120 s"}, "tests: stopped after 120 s"),
+        ("sanitizer", {"memcheck": {"status": 99}, "racecheck": {"status": 0}}, "compute-sanitizer memcheck: 99"),
+    ],
+)
+def test_failed_stages_are_failures(
+    load: Load, stage: str, found: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = load("gpu_check")
+    report = check.Report({}, {"tests": {"skipped": ""}, "sanitizer": {"skipped": ""}} | {stage: found})
+    assert check.judge(report) == 1
+    assert words in capsys.readouterr().err
+    assert check.judge(check.Report({}, {"tests": {"status": 0}, "sanitizer": {"skipped": ""}})) == 0
+
+
+def test_a_command_that_does_not_end_is_stopped(load: Load) -> None:
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    status, output = load("gpu_check")._run([sys.executable, "-c", code], 3)
+    assert status == "stopped after 3 s" and "begun" in output
+
+
+def test_small_calls_touch_everything(load: Load) -> None:
+    assert load("gpu_check").small_calls("cpu") == 0
+
+
+def test_the_benchmark_needs_a_gpu(load: Load) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="torch sees no GPU"):
+        load("gpu_check").main([])
