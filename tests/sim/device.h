@@ -17,6 +17,8 @@ struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
 inline const char* cudaGetErrorString(cudaError_t) { return sim::last_error().c_str(); }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 
 namespace hsm {
 namespace cuda {

@@ -179,6 +179,7 @@ Random random_;
 StackPool stacks;
 std::mutex one_launch;
 std::string error_;
+int launches = 0;
 Thread* current = nullptr;
 class Launch;
 Launch* running = nullptr;
@@ -568,6 +569,7 @@ Mbarrier& find_mbarrier(void* barrier, const char* operation, const Where& where
 bool launch(const LaunchConfig& config, const std::function<void()>& kernel) {
   const std::lock_guard<std::mutex> lock(one_launch);
   error_.clear();
+  ++launches;
   Launch launch(config, kernel);
   running = &launch;
   launch.run();
@@ -710,4 +712,5 @@ void store_async(void* destination, const void* value, size_t bytes, void* barri
 }  // namespace sim
 
 SIM_EXPORT void sim_set_seed(uint64_t seed) { sim::set_seed(seed); }
+SIM_EXPORT int sim_launches() { return sim::launches; }
 SIM_EXPORT const char* sim_last_error() { return sim::last_error().c_str(); }

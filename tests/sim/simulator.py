@@ -14,18 +14,19 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hsm_kernels._build import cache, toolchain
+from hsm_kernels._build import cache, description, toolchain
 
 ROOT = Path(__file__).parents[2]
 
 #: Half of the time of a test is compilation, so the compiler is not asked for much. It does not know `#pragma unroll`.
-WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers")
 FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", *WARNINGS, "-DHSM_SIMULATOR")
 #: Set where AddressSanitizer was loaded before Python: see `sanitized_environment`.
 SANITIZED = os.environ.get("HSM_SIMULATOR_SANITIZE") == "1"
@@ -39,44 +40,52 @@ class Build:
     sources: tuple[str, ...]
     includes: tuple[str, ...] = ("csrc", "tests")
     flags: tuple[str, ...] = ()
-    libraries: tuple[str, ...] = ()
-    #: What is compiled in place of the repository's files, by their names.
-    changed: dict[str, str] = field(default_factory=dict)
+    #: Sources with operators of torch; torch_on_cpu.h says what becomes of these.
+    torch_sources: tuple[str, ...] = ()
+    #: Names of the repository's files, and what is compiled in their place.
+    changed: tuple[tuple[str, str], ...] = ()
 
     def patched(self, name: str, old: str, new: str, occurrence: int = 0) -> "Build":
         """The same with one occurrence of ``old`` in a file replaced."""
-        parts = self.changed.get(name, (ROOT / name).read_text()).split(old)
-        assert occurrence < len(parts) - 1, (
-            f"{name} has no occurrence {occurrence} of {old!r}: change this test with it"
-        )
+        changed = dict(self.changed)
+        parts = changed.get(name, (ROOT / name).read_text()).split(old)
+        assert occurrence < len(parts) - 1, f"{name} has no {old!r} number {occurrence}: change this test with it"
         text = old.join(parts[: occurrence + 1]) + new + old.join(parts[occurrence + 1 :])
-        return replace(self, changed={**self.changed, name: text})
+        return replace(self, changed=tuple((changed | {name: text}).items()))
 
     def load(self) -> "Library":
         """Compile what is not in the cache."""
+        sources = (*self.sources, *self.torch_sources, "tests/sim/runtime.cpp")
         with ThreadPoolExecutor(toolchain.job_limit(os.environ)) as pool:
-            objects = list(pool.map(self._object, (*self.sources, "tests/sim/runtime.cpp")))
-        command = (*_compiler(), "-shared", *SANITIZE, *map(str, objects), *self.libraries)
+            objects = list(pool.map(self._object, sources))
+        libraries = (f"-L{_torch_files().lib}", "-ltorch_cpu") if self.torch_sources else ()
+        command = (*_compiler(), "-shared", *SANITIZE, *map(str, objects), *libraries)
         return Library(_made("library.so", "\0".join(command).encode(), command))
 
     def _object(self, source: str) -> Path:
-        original = replace(self, changed={})
-        if self.changed and not self.changed.keys() & _read_files(original, source):
+        original = replace(self, changed=())
+        if self.changed and not dict(self.changed).keys() & _read_files(original, source):
             return original._object(source)
         with tempfile.TemporaryDirectory() as folder:
-            for name, text in self.changed.items():
+            for name, text in self.changed:
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
-            command, text = self._preprocess(source, Path(folder))
-            return _made("object.o", text, command)
+            command, contents = self._preprocess(source, Path(folder))
+            return _made("object.o", contents, command)
 
     def _preprocess(self, source: str, overlay: Path) -> tuple[tuple[str, ...], bytes]:
         """The command that compiles a source, and all that the compiler reads: its flags and the preprocessed text."""
         flags = (*FLAGS, *SANITIZE, *self.flags)
         places = [f"-I{root / name}" for name in self.includes for root in (overlay, ROOT)]
         places += [f"-ffile-prefix-map={root}=." for root in (overlay, ROOT)]
-        path = overlay / source if source in self.changed else ROOT / source
+        if source in self.torch_sources:
+            flags += ("-include", "sim/torch_on_cpu.h", f"-DTORCH_TARGET_VERSION={description.TORCH_TARGET_VERSION}")
+            flags += ("-Wno-deprecated-declarations",)
+            places += ["-isystem", str(_torch_files().include)]
+        if self.changed:  # what a fault leaves unused is no fault
+            flags += ("-w",)
+        path = (overlay if source in dict(self.changed) else ROOT) / source
         command = (*_compiler(), "-x", "c++", *flags, *places)
         done = subprocess.run([*command, "-E", str(path)], stdout=subprocess.PIPE, check=True)
         text = done.stdout.replace(str(overlay).encode(), b".").replace(str(ROOT).encode(), b".")
@@ -94,6 +103,11 @@ class Library:
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._library, name)
         return lambda *arguments: function(*map(_as_c, arguments))
+
+    @property
+    def launches(self) -> int:
+        """How many kernels were launched so far."""
+        return self._library.sim_launches()
 
     @property
     def last_error(self) -> str:
@@ -126,6 +140,11 @@ def sanitized_environment() -> dict[str, str]:
 
 
 @functools.cache
+def _torch_files() -> toolchain.TorchFiles:
+    return toolchain.torch_files(Path(torch.__file__).parent)
+
+
+@functools.cache
 def _compiler() -> tuple[str, ...]:
     return toolchain.find_compiler(os.environ).command
 
@@ -143,19 +162,17 @@ def _compiler_version() -> bytes:
     return toolchain.find_compiler(os.environ).version().encode()
 
 
-@functools.cache
-def _files_read(
-    sources: tuple[str, ...], includes: tuple[str, ...], flags: tuple[str, ...], source: str
-) -> frozenset[str]:
-    build = Build(sources, includes, flags)
-    with tempfile.TemporaryDirectory() as folder:
-        _, text = build._preprocess(source, Path(folder))
-    return frozenset(re.findall(r'^# \d+ "\./([^"]+)"', text.decode(errors="replace"), re.MULTILINE))
+_files_read: dict[tuple[Build, str], frozenset[str]] = {}
 
 
 def _read_files(build: Build, source: str) -> frozenset[str]:
     """The repository's files that the compiler reads for a source."""
-    return _files_read(build.sources, build.includes, build.flags, source)
+    if (build, source) not in _files_read:
+        with tempfile.TemporaryDirectory() as folder:
+            _, text = build._preprocess(source, Path(folder))
+        names = re.findall(r'^# \d+ "\./([^"]+)"', text.decode(errors="replace"), re.MULTILINE)
+        _files_read[build, source] = frozenset(names)
+    return _files_read[build, source]
 
 
 def _made(name: str, contents: bytes, command: tuple[str, ...]) -> Path:

@@ -1,0 +1,49 @@
+"""The operators of hsm_kernels by the CUDA kernels and their binding, compiled for the simulator."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from simulator import ROOT, Build, Library
+
+from hsm_kernels import _ops
+
+CUDA_SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
+BINDING_SOURCES = (
+    "csrc/binding/lstm_ops.cpp",
+    "csrc/binding/gru_ops.cpp",
+    "csrc/binding/cuda/device.cpp",
+    "tests/sim/torch_on_cpu.cpp",
+)
+NAMES = ("lstm_forward", "lstm_backward", "gru_forward", "gru_backward")
+
+BUILD = Build(CUDA_SOURCES, torch_sources=BINDING_SOURCES)
+#: The same with so little memory for products over many steps that both passes go through every call in pieces.
+IN_PIECES = BUILD.patched("csrc/cuda/step.h", "int64_t{32} << 20", "1024").patched(
+    "csrc/cuda/step.h", "int64_t{128} << 20", "1024"
+)
+
+_numbers = itertools.count()
+
+
+def register(library: Library) -> torch.library.Library:
+    """The operators of a library in a namespace of their own, ``ns`` of the result."""
+    name = f"hsm_kernels_simulator_{next(_numbers)}"
+    operators = torch.library.Library(name, "DEF")
+    for operator in NAMES:
+        operators.define(operator + _ops._SCHEMAS[operator])
+    library.sim_register_operators(name.encode())
+    return operators
+
+
+@contextmanager
+def simulated(operators: torch.library.Library) -> Iterator[None]:
+    """Calls on CPU tensors run these operators."""
+    ours = torch.library.Library(_ops.NAMESPACE, "IMPL")
+    for name in NAMES:
+        ours.impl(name, getattr(getattr(torch.ops, operators.ns), name).default, "CPU")
+    try:
+        yield
+    finally:
+        ours._destroy()

@@ -1,0 +1,168 @@
+"""Layers by the CUDA kernels and their binding, on the simulator, against the reference in float64."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from build_helpers import needs_compiler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operators import BUILD, IN_PIECES, register, simulated
+from simulator import SANITIZED, Library, sanitized_environment
+from test_ops import LOW_PRECISION, Case, assert_as_accurate_as_the_reference, cases
+
+import hsm_kernels as hsm
+
+pytestmark = needs_compiler
+
+DTYPES = [torch.float64, *LOW_PRECISION]
+CELLS = [("LSTM", 0), ("LSTM", 3), ("GRU", 0)]
+BOUNDARIES = {
+    "plain": {},
+    "no state, no bias": {"initial": False, "bias": False},
+    "resets": {"resets": True},
+    "resets to a state": {"resets": True, "reset_state": True},
+    "detaches": {"detaches": True},
+    "detached every 2": {"detach_every": 2},
+    "all of them": {"resets": True, "reset_state": True, "detaches": True, "detach_every": 3, "lengths": True},
+    "lengths": {"lengths": True},
+}
+
+
+def assert_right(case: Case) -> None:
+    if case.dtype == torch.float64:
+        ours, wanted = case.forward(), case.by_reference()
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(case.gradients(ours), case.gradients(wanted), rtol=1e-9, atol=1e-9)
+    else:
+        assert_as_accurate_as_the_reference(case)
+
+
+@pytest.fixture(scope="module", params=[BUILD, IN_PIECES], ids=["whole", "in pieces"])
+def library(request: pytest.FixtureRequest) -> Library:
+    return request.param.load()
+
+
+@pytest.fixture(scope="module")
+def operators(library: Library) -> torch.library.Library:
+    return register(library)
+
+
+@pytest.fixture(autouse=True)
+def simulator(library: Library, operators: torch.library.Library, poisoned_memory: None) -> Iterator[Library]:
+    """Everything in this file runs on the simulator."""
+    library.set_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of so little work they would only wait
+    with simulated(operators):
+        yield library
+    torch.set_num_threads(threads)
+
+
+def test_the_kernels_run(simulator: Library) -> None:
+    before = simulator.launches
+    Case("GRU").forward()
+    assert simulator.launches > before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", BOUNDARIES)
+@pytest.mark.parametrize("cell, proj_size", CELLS)
+def test_boundaries(cell: str, proj_size: int, kind: str, dtype: torch.dtype) -> None:
+    case = Case(cell, steps=8, hidden=6, proj_size=proj_size, directions=2, dtype=dtype, **BOUNDARIES[kind])
+    assert_right(case)
+    assert_right(replace(case, recompute=True))
+
+
+# (steps, batch, inputs, hidden, proj_size): nothing to do; more units than a block has threads, or rows that
+# it shares; many steps; more rows than are summed at once.
+SHAPES = [
+    (0, 2, 3, 4, 2),
+    (1, 0, 3, 4, 0),
+    (1, 1, 1, 1, 0),
+    (2, 3, 5, 131, 0),
+    (3, 2, 4, 140, 130),
+    (2, 67, 2, 33, 1),
+    (40, 1, 2, 3, 0),
+    (9, 70, 2, 3, 0),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_shapes(cell: str, shape: tuple[int, ...]) -> None:
+    *sizes, proj_size = shape
+    for directions in (1, 2):
+        options = {"directions": directions, "resets": True, "reset_state": True}
+        assert_right(Case(cell, *sizes, proj_size=proj_size if cell == "LSTM" else 0, **options))
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float64], LOW_PRECISION], ids=["float64", "others"])
+@settings(max_examples=100)
+@given(data=st.data(), detach_every=st.integers(0, 4))
+def test_any_case(dtypes: list[torch.dtype], data: st.DataObject, detach_every: int) -> None:
+    assert_right(replace(data.draw(cases(st.sampled_from(dtypes))), detach_every=detach_every))
+
+
+@pytest.mark.parametrize("cell, proj_size", CELLS)
+def test_schedules_do_not_change_a_bit(simulator: Library, cell: str, proj_size: int) -> None:
+    """Whichever block or thread goes first."""
+    case = Case(
+        cell, batch=5, hidden=40, proj_size=proj_size, directions=2, resets=True, reset_state=True, dtype=torch.float32
+    )
+    results = []
+    for seed in range(3):
+        simulator.set_seed(seed)
+        outputs = case.forward()
+        results.append((*outputs, *case.gradients(outputs)))
+    torch.testing.assert_close(results[1:], [results[0]] * 2, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_tf32_is_taken_where_it_is_allowed(cell: str) -> None:
+    """In both passes; the stand-in for cuBLAS rounds as TF32 does."""
+    case = Case(cell, hidden=20, dtype=torch.float32)
+    plain = case.arguments()
+    flag = len(plain) - (4 if cell == "LSTM" else 3)
+    assert plain[flag] is False
+    results = []
+    for arguments in (plain, (*plain[:flag], True, *plain[flag + 1 :])):
+        outputs = getattr(torch.ops.hsm_kernels, f"{cell.lower()}_forward")(*arguments)[:-1]
+        results.append((*outputs, *case.gradients(outputs)))
+    for exact, rounded in zip(*results, strict=True):
+        difference = (exact - rounded).abs().max() / exact.abs().max()
+        assert 1e-6 < difference < 1e-2
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_modules(cell: str) -> None:
+    """Several layers, from the module's call to the kernels."""
+    rnn = getattr(hsm, cell)(5, 9, num_layers=2, bidirectional=True).double()
+    x = torch.randn(6, 3, 5, dtype=torch.float64)
+    mask = torch.rand(6, 3) < 0.3
+    for options in ({}, {"reset_mask": mask}, {"truncated_bptt_steps": 2}, {"lengths": torch.tensor([6, 0, 3])}):
+        found = []
+        for backend in ("auto", "reference"):
+            with hsm.use_backend(backend):
+                output, _ = rnn(x, **options)
+            found.append((output, *torch.autograd.grad(output.square().sum(), rnn.parameters())))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.skipif(SANITIZED, reason="it is this run")
+@pytest.mark.slow
+def test_sanitizers_accept_the_kernels() -> None:
+    """Some of these tests once more under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "shapes or modules"]
+    done = subprocess.run(
+        [*command, Path(__file__).name],
+        env=sanitized_environment(),
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

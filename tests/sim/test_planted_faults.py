@@ -1,0 +1,73 @@
+"""Faults planted in each CUDA kernel of the layers, and in what launches them: the simulator must find every one."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from build_helpers import needs_compiler
+from operators import BUILD, IN_PIECES, register, simulated
+from test_layers import BOUNDARIES, CELLS, assert_right
+from test_ops import Case
+
+pytestmark = [needs_compiler, pytest.mark.slow]
+
+FORWARD, BACKWARD, LAYER = (f"csrc/cuda/{name}" for name in ("forward.cu", "backward.cu", "layer.cuh"))
+PRODUCT = (
+    "        queue.multiply(through_transposed(weight_hh_, columns_, z_.hidden_out, "
+    "round_.state_h, round_.state_product));\n"
+)
+CELL = "        queue.run(forward_cell<T, kind>, units, round_);\n"
+
+# The kernel, the file, what stands there, what is put in its place.
+FAULTS = [
+    ("begin_forward", FORWARD, "place.direction == 0 && sequences.resets(0", "sequences.resets(0"),
+    ("forward_cell", FORWARD, "(s.state_product) + row * columns", "(s.state_product) + visit.sequence * columns"),
+    ("forward_cell, resets", FORWARD, "visit.reset ? load<T>(p.boundaries.reset_c, state) : c", "c"),
+    ("forward_projected", FORWARD, "(s.projected)[at]", "(s.projected)[place.row * z.hidden_out + place.unit]"),
+    ("order of the forward pass", FORWARD, PRODUCT + CELL, CELL + PRODUCT),
+    ("pieces of the forward pass", FORWARD, "d ? z_.steps - end : begin, end - begin", "begin, end - begin"),
+    ("begin_backward", BACKWARD, "empty ? load<T>(p.grad_h_n, at) : 0", "0"),
+    ("backward_projected", BACKWARD, "store<T>(s.grad_h, at, grad)", "store<T>(s.grad_h, at, 0)"),
+    ("backward_cell", BACKWARD, "is_lstm ? incoming : incoming + *carried", "incoming"),
+    ("backward_cell, detaches", BACKWARD, "!visit.to_reset && !sequences.detaches(edge, n)", "!visit.to_reset"),
+    ("sum_lanes", BACKWARD, "lane < s.lanes; lane += s.batch", "lane < s.batch; lane += s.batch"),
+    ("activate_gates", BACKWARD, "place.row * 4 * s.hidden", "place.row * 3 * s.hidden"),
+    ("sum_slabs", BACKWARD, "load<T>(s.matrix, row * s", "load<T>(s.matrix, begin * s"),
+    ("sum_of_slabs", BACKWARD, "s.add ? *total : A{0}", "A{0}"),
+    ("round_all", BACKWARD, "place.row * s.columns + place.unit;\n  store", "place.unit;\n  store"),
+    ("weights of both directions", LAYER, "+ bytes_, reverse, bytes_)", "+ bytes_, forward, bytes_)"),
+    ("grid", LAYER, "(rows + down - 1) / down", "rows / down"),
+    ("threads of a row", LAYER, "unit < units}", "unit <= units}"),
+]
+
+
+# Chunks of the backward pass are so small there that no sum is over several rows.
+WHOLE = ("sum_slabs",)
+
+
+@pytest.fixture(params=FAULTS, ids=[name for name, *_ in FAULTS])
+def faulty(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[None]:
+    kernel, name, old, new = request.param
+    build = BUILD if kernel in WHOLE else IN_PIECES
+    with simulated(register(build.patched(name, old, new).load())):
+        yield
+
+
+def witnesses() -> Iterator[Case]:
+    """Cases that go through everything."""
+    for options in BOUNDARIES.values():
+        for cell, proj_size in CELLS:
+            case = Case(cell, steps=8, hidden=6, proj_size=proj_size, directions=2, **options)
+            yield from (case, replace(case, recompute=True), replace(case, dtype=torch.bfloat16))
+    yield Case("GRU", steps=9, batch=70, hidden=3)
+
+
+def test_is_found(faulty: None) -> None:
+    torch.set_num_threads(1)
+    for case in witnesses():
+        try:
+            assert_right(case)
+        except (AssertionError, RuntimeError):
+            return
+    pytest.fail("the fault was not found")
