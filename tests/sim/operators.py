@@ -1,6 +1,7 @@
 """The operators of hsm_kernels by the CUDA kernels and their binding, compiled for the simulator."""
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,8 +42,10 @@ def register(library: Library) -> torch.library.Library:
 def simulated(operators: torch.library.Library) -> Iterator[None]:
     """Calls on CPU tensors run these operators."""
     ours = torch.library.Library(_ops.NAMESPACE, "IMPL")
-    for name in NAMES:
-        ours.impl(name, getattr(getattr(torch.ops, operators.ns), name).default, "CPU")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        for name in NAMES:
+            ours.impl(name, getattr(getattr(torch.ops, operators.ns), name).default, "CPU")
     try:
         yield
     finally:

@@ -11,35 +11,14 @@ import torch
 from build_helpers import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_cases import BOUNDARIES, CELLS, DTYPES, SHAPES, assert_right
 from operators import BUILD, IN_PIECES, register, simulated
 from simulator import SANITIZED, Library, sanitized_environment
-from test_ops import LOW_PRECISION, Case, assert_as_accurate_as_the_reference, cases
+from test_ops import LOW_PRECISION, Case, cases
 
 import hsm_kernels as hsm
 
 pytestmark = needs_compiler
-
-DTYPES = [torch.float64, *LOW_PRECISION]
-CELLS = [("LSTM", 0), ("LSTM", 3), ("GRU", 0)]
-BOUNDARIES = {
-    "plain": {},
-    "no state, no bias": {"initial": False, "bias": False},
-    "resets": {"resets": True},
-    "resets to a state": {"resets": True, "reset_state": True},
-    "detaches": {"detaches": True},
-    "detached every 2": {"detach_every": 2},
-    "all of them": {"resets": True, "reset_state": True, "detaches": True, "detach_every": 3, "lengths": True},
-    "lengths": {"lengths": True},
-}
-
-
-def assert_right(case: Case) -> None:
-    if case.dtype == torch.float64:
-        ours, wanted = case.forward(), case.by_reference()
-        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(case.gradients(ours), case.gradients(wanted), rtol=1e-9, atol=1e-9)
-    else:
-        assert_as_accurate_as_the_reference(case)
 
 
 @pytest.fixture(scope="module", params=[BUILD, IN_PIECES], ids=["whole", "in pieces"])
@@ -76,20 +55,6 @@ def test_boundaries(cell: str, proj_size: int, kind: str, dtype: torch.dtype) ->
     case = Case(cell, steps=8, hidden=6, proj_size=proj_size, directions=2, dtype=dtype, **BOUNDARIES[kind])
     assert_right(case)
     assert_right(replace(case, recompute=True))
-
-
-# (steps, batch, inputs, hidden, proj_size): nothing to do; more units than a block has threads, or rows that
-# it shares; many steps; more rows than are summed at once.
-SHAPES = [
-    (0, 2, 3, 4, 2),
-    (1, 0, 3, 4, 0),
-    (1, 1, 1, 1, 0),
-    (2, 3, 5, 131, 0),
-    (3, 2, 4, 140, 130),
-    (2, 67, 2, 33, 1),
-    (40, 1, 2, 3, 0),
-    (9, 70, 2, 3, 0),
-]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

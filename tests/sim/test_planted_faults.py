@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from build_helpers import needs_compiler
+from layer_cases import BOUNDARIES, CELLS, assert_right
 from operators import BUILD, IN_PIECES, register, simulated
-from test_layers import BOUNDARIES, CELLS, assert_right
 from test_ops import Case
 
 pytestmark = [needs_compiler, pytest.mark.slow]
