@@ -34,13 +34,13 @@ from boundary_results import format_rows as format_boundary_rows
 from gpu_rows import (
     CHECK,
     FULL,
-    PRECISIONS,
     GpuCase,
     GpuRow,
     Sizes,
     boundary_cases,
     cases,
     format_rows,
+    importance,
     measure_row,
 )
 from gpu_timing import float32_precision, measure
@@ -257,6 +257,8 @@ def benchmark(report: Report, path: Path, mode: Mode, only: str, end: float) -> 
         except RuntimeError as error:  # torch.OutOfMemoryError and what CUDA reports
             report.failed[str(case)] = str(error).partition("\n")[0]
         measured += 1
+        if _gpu_is_lost():
+            break
         if device == "cuda":
             torch.cuda.empty_cache()
         if time.monotonic() - saved > SAVE_EVERY:
@@ -266,12 +268,21 @@ def benchmark(report: Report, path: Path, mode: Mode, only: str, end: float) -> 
 
 
 def _in_order(sizes: Sizes, device: str) -> Iterator[GpuCase | BoundaryCase]:
-    """The rows with boundaries come after the first group of the others."""
+    """The rows with boundaries come after the most important group of the others."""
     plain = cases(sizes, device)
-    first = 2 * len(PRECISIONS) * len(sizes.batch)
-    yield from plain[:first]
+    yield from (case for case in plain if importance(case) == 0)
     yield from boundary_cases(sizes, device)
-    yield from plain[first:]
+    yield from (case for case in plain if importance(case) > 0)
+
+
+def _gpu_is_lost() -> bool:
+    """Whether an error of the GPU has ended all work on it."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def measure_any(report: Report, case: GpuCase | BoundaryCase, effort: Effort) -> None:

@@ -117,6 +117,13 @@ def test_a_row_that_fails_leaves_the_others(
     assert "N=3 H=8 bfloat16: CUDA out of memory" in capsys.readouterr().err
 
 
+def test_nothing_is_measured_on_a_gpu_that_is_lost(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load("gpu_check"), "_gpu_is_lost", lambda: True)
+    run_with(load, tmp_path, "LSTM inference L=5")
+    saved = json.loads((tmp_path / "rows.json").read_text())
+    assert len(saved["rows"]) == 1 and len(saved["not_measured"]) == 7
+
+
 @pytest.mark.parametrize(
     ("stage", "found", "words"),
     [
