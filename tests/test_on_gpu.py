@@ -1,4 +1,4 @@
-"""What a GPU must show. Where a test can run on a CPU, it does so too, which shows that the test is right."""
+"""What only a GPU can show. Where a test can run on a CPU, it does so too, which shows that the test is right."""
 
 import copy
 from collections.abc import Iterator
