@@ -24,6 +24,26 @@ class Conversion(NamedTuple):
 
     converted: tuple[str, ...]
     left: dict[str, str]
+    places: tuple[tuple[nn.Module, str], ...] = ()  #: parent and attribute of each module that was swapped
+
+    def undo(self) -> None:
+        """Put modules of torch.nn back, sharing the parameters as they are now.
+
+        What has been replaced since then by something else is left. Raises TypeError, before anything is swapped, for
+        a module that :func:`to_torch` refuses.
+
+        >>> from torch import nn
+        >>> model = nn.ModuleDict({"encoder": nn.LSTM(3, 4)})
+        >>> convert(model).undo()
+        >>> type(model["encoder"]) is nn.LSTM
+        True
+        """
+        swapped = [(parent, name, parent._modules.get(name)) for parent, name in self.places]
+        kinds = tuple(_ours().values())
+        back = {module: to_torch(module) for _, _, module in swapped if module is not None and type(module) in kinds}
+        for parent, name, module in swapped:
+            if module in back:
+                setattr(parent, name, back[module])
 
 
 def from_torch(module: nn.Module) -> Any:
@@ -84,7 +104,8 @@ def convert(model: nn.Module) -> Conversion:
     """Swap every nn.LSTM, nn.GRU and cell inside ``model`` for ours, in place, sharing its parameters.
 
     Returns the names of what was converted and of what was left with the reason: subclasses, modules with hooks or
-    parametrizations, and ``model`` itself, which cannot be swapped in place (use :func:`from_torch`).
+    parametrizations, and ``model`` itself, which cannot be swapped in place (use :func:`from_torch`). ``undo()`` of
+    the result swaps back.
 
     >>> from torch import nn
     >>> model = nn.ModuleDict({"encoder": nn.LSTM(3, 4), "head": nn.Linear(4, 2)})
@@ -93,6 +114,7 @@ def convert(model: nn.Module) -> Conversion:
     """
     converted: dict[nn.Module, nn.Module] = {}
     names: list[str] = []
+    places: list[tuple[nn.Module, str]] = []
     left: dict[str, str] = {}
     kinds = tuple(_ours())
     if isinstance(model, kinds):
@@ -113,4 +135,5 @@ def convert(model: nn.Module) -> Conversion:
                 converted[child] = from_torch(child)
             setattr(parent, child_name, converted[child])
             names.append(name)
-    return Conversion(tuple(names), left)
+            places.append((parent, child_name))
+    return Conversion(tuple(names), left, tuple(places))
