@@ -140,6 +140,8 @@ class _RNN(nn.RNNBase):
     def _run(self, input: Any, hx: Any, options: dict[str, Any]) -> Any:
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, options)
+        if hx is not None and getattr(self, "_is_replica", False):
+            self._refuse_scattered(hx)
         weights = self._weights()
         if input.dim() in (2, 3):  # the other cases have their message in the function
             self.check_input(input if input.dim() == 3 else input.unsqueeze(1), None)
@@ -153,6 +155,18 @@ class _RNN(nn.RNNBase):
             training=self.training,
             **options,
         )
+
+    def _refuse_scattered(self, hx: Any) -> None:
+        """Raise, in a replica that DataParallel made, for a state of which it has only some layers."""
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        parts = [part for part in (hx if isinstance(hx, tuple) else (hx,)) if isinstance(part, Tensor)]
+        if any(part.size(0) != rows for part in parts):
+            raise RuntimeError(
+                f"{self.mode}: hx must have {rows} rows, one per layer and direction, got {parts[0].size(0)}: "
+                "torch.nn.DataParallel scatters every argument along its first dimension, which is not the batch here; "
+                "use DistributedDataParallel, or give the state to a module around this one with the batch first, and "
+                "transpose it there"
+            )
 
     def _run_packed(self, packed: PackedSequence, hx: Any, options: dict[str, Any]) -> Any:
         """Run a PackedSequence as padded sequences with lengths, in the order in which it holds them."""
