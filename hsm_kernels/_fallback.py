@@ -40,6 +40,8 @@ def lstm_forward(
     if keep_gates:
         states = HiddenStates(output, h_0, directions, reset_mask, reset_h, lengths)
         gates = lstm_gates(without_padding(input, lengths), states.entering, weights)
+    # torch.stack leaves views below autograd, and a view that a function returns cannot be edited in place.
+    h_n, c_n = h_n.clone(), c_n.clone()
     return output, h_n, c_n, c_states if keep_c else input.new_empty(0), gates
 
 
@@ -61,7 +63,7 @@ def gru_forward(
     if keep_gates:
         states = HiddenStates(output, h_0, directions, reset_mask, reset_h, lengths)
         gates = gru_gates(without_padding(input, lengths), states.entering, weights)
-    return output, h_n, gates
+    return output, h_n.clone(), gates  # see lstm_forward
 
 
 def lstm_boundaries(

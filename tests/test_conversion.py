@@ -72,6 +72,18 @@ def test_undo_swaps_all_or_nothing() -> None:
     assert type(model.encoder) is hsm.LSTM
 
 
+@pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell"])
+def test_a_result_may_be_edited_in_place(cell: str) -> None:
+    """As graph networks do with the state of their cells."""
+    theirs, x = getattr(nn, cell)(3, 4), torch.randn(2, 3)
+    grads = []
+    for rnn in (hsm.from_torch(theirs), theirs):
+        tensors(rnn(x))[0].relu_().square().sum().backward()
+        grads.append(theirs.weight_ih.grad)
+        theirs.zero_grad()
+    torch.testing.assert_close(*grads)
+
+
 # ------------------------------------------------------------------------------------------------ other people's models
 
 

@@ -90,7 +90,7 @@ def test_second_derivatives_in_half_precision(cell: str, proj_size: int, dtype: 
             found = derivatives(case, run(), 2)[1]
             assert all(f.dtype == dtype for f in found)
             errors[k] += sum(float((f.double() - w).square().mean()) for f, w in zip(found, wanted, strict=True))
-    assert errors[0] <= 1.5 * errors[1]
+    assert errors[0] <= 4 * errors[1]  # the errors may be twice as large, as everywhere; these are squares
 
 
 @pytest.mark.parametrize("only", ["input", "state", "weight"])
