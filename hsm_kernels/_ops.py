@@ -501,6 +501,18 @@ def _gru_tangents(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
     return h.flatten(-2), h_n, None
 
 
+def below_autograd(op: Any) -> Any:
+    """``op``, called without a look at gradients."""
+
+    def call(*arguments: Any) -> Any:
+        if torch.is_inference_mode_enabled():  # which leaves autograd out by itself
+            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
+
+
 def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any:
     """``op``, called without the detour that a gradient registered in Python takes through the dispatcher.
 
@@ -510,6 +522,19 @@ def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any
 
     class Function(torch.autograd.Function):
         @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*arguments)
+            setup(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradients(ctx, *grads)
+
+    # What transforms need costs every call some fifty microseconds.
+    class TransformedFunction(Function):
+        @staticmethod
         def forward(*arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*arguments)
@@ -517,10 +542,6 @@ def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             setup(ctx, inputs, output)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return gradients(ctx, *grads)
 
         @staticmethod
         def jvp(ctx: Any, *grads: Any) -> Any:
@@ -533,13 +554,13 @@ def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any
     def call(*arguments: Any, differentiable: bool = False) -> Any:
         if torch.compiler.is_compiling():
             return op(*arguments)
-        if differentiable or transformed():
+        if transformed():
+            return TransformedFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+        if differentiable:
             return Function.apply(*arguments)  # type: ignore[no-untyped-call]
-        if torch.is_inference_mode_enabled():  # which leaves autograd out by itself
-            return op(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+        return without_gradients(*arguments)
 
+    without_gradients = below_autograd(op)
     torch.library.register_vmap(op, partial(rule, op), lib=_library)
     return call
 
@@ -572,6 +593,11 @@ _gru_backward = _eager(
     None,
     partial(batched_backward, _gru_backward_fallback, range(7, 15), 6),
 )
+
+
+#: For calls of which nothing can want a gradient, and that no transform sees.
+plain_lstm_forward = below_autograd(torch.ops.hsm_kernels.lstm_forward.default)
+plain_gru_forward = below_autograd(torch.ops.hsm_kernels.gru_forward.default)
 
 
 def lstm_forward(*arguments: Any) -> Any:

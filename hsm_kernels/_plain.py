@@ -44,7 +44,7 @@ def lstm(input: Any, hx: Any, directions: Sequence[_Weights]) -> tuple[Tensor, t
     if len(forward) == 4:
         forward = (*forward, None)
     try:
-        output, h_n, c_n, _, _ = _ops.lstm_forward(
+        output, h_n, c_n, _, _ = _ops.plain_lstm_forward(
             input, h_0, c_0, *forward, *reverse, None, None, None, None, None, 0, False, False, False, False
         )
     except RuntimeError:
@@ -58,7 +58,7 @@ def gru(input: Any, hx: Any, directions: Sequence[_Weights]) -> tuple[Tensor, Te
         return None
     forward, reverse = directions if len(directions) == 2 else (directions[0], _NO_WEIGHTS)
     try:
-        output, h_n, _ = _ops.gru_forward(
+        output, h_n, _ = _ops.plain_gru_forward(
             input, hx, *forward[:4], *reverse[:4], None, None, None, None, 0, False, False, False
         )
     except RuntimeError:
