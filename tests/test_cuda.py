@@ -21,7 +21,8 @@ import hsm_kernels as hsm
 from hsm_kernels import _arguments, _backend, _library, _ops, functional
 from hsm_kernels._build import cuda, toolchain
 from hsm_kernels._build.description import covers
-from hsm_kernels._gradients import HiddenStates, lstm_gates
+from hsm_kernels._derivatives import Layer
+from hsm_kernels._gradients import lstm_gates
 from hsm_kernels.reference import Weights
 
 CUDA = torch.device("cuda", 0)
@@ -342,9 +343,9 @@ def test_memory_mode_leaves_the_gates_to_the_operator(fake_cuda: FakeTensorMode,
     """Also in 16 bits, where the operator on the CPU must be given them."""
     rnn = module("LSTM", dtype=dtype)
     input, output = (torch.empty(5, 2, size, device="cuda", dtype=dtype) for size in (3, 4))
-    states = HiddenStates(output, None, 1, None, None, None)
-    weights = [Weights(*rnn.parameters())]
-    gates, _, _ = _ops._backward_operands(True, output.new_empty(0), input, states, weights, lstm_gates)
+    states = (output.unsqueeze(2), output.unsqueeze(2))
+    layer = Layer(input, (None, None), [Weights(*rnn.parameters())], None, (None, None), None, None, states, None)
+    gates, _, _ = _ops._backward_operands(layer, output, lstm_gates)
     assert gates is None
 
 
