@@ -103,6 +103,8 @@ def main() -> None:
     start = options.steps
     if options.save:
         checkpoints.save(saved(), checkpoint_id=options.checkpoint)
+    # Meanwhile the threads of the group let go of tensors. One that still does when the group ends would wait for ever.
+    dist.barrier()
     dist.destroy_process_group()
 
 
