@@ -20,7 +20,8 @@ PIP = $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
 PYTEST := cd tests && $(abspath $(BIN))/python -m pytest
 # A thread of OpenMP that spins while it waits may hold the core of the one that it waits for: on a busy machine tests take ten times as long.
 WAIT_PASSIVELY := export OMP_WAIT_POLICY=passive;
-NEEDS_LIBRARY := test_abi.py test_build.py test_compile_cuda.py test_jit.py sim
+# Of no use without the library, or too long for what they say then.
+NEEDS_LIBRARY := test_abi.py test_build.py test_compile.py test_compile_cuda.py test_jit.py test_parallel.py sim
 SOURCES := $(shell find hsm_kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: demo demo-memory demo-audio test lint test-wheel test-none test-jit test-versions peers bench bench-full bench-boundaries clean
