@@ -4,8 +4,8 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -19,6 +19,14 @@ BACKENDS = ("auto", "cuda", "cpu", "reference")
 _NO_LIBRARY = "no native library is loaded; hsm_kernels.build_info() says why"
 
 _warned: set[str] = set()
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _assume_constant_result(function: _Function) -> _Function:
+    """What torch.compiler.assume_constant_result does, which takes a second more to import all of torch._dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _checked(name: str) -> str:
@@ -111,7 +119,7 @@ def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 # torch.compile need not see how the library and the GPU are looked at.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_assume_constant_result
 def _missing_cuda_kernel(index: int | None) -> str | None:
     info = _library.build_info()
     if not info.loaded:
@@ -151,7 +159,7 @@ def has_cpu_kernels(device: torch.device) -> bool:
     return device.type == "cpu" and _library_is_loaded()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_assume_constant_result
 def _library_is_loaded() -> bool:
     return _library.build_info().loaded
 
@@ -170,7 +178,7 @@ def allows_tf32(input: torch.Tensor) -> bool:
 
 
 # A compiled call keeps the setting with which it was traced.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_assume_constant_result
 def _rnn_precision() -> str:
     return str(torch.backends.cudnn.rnn.fp32_precision)  # type: ignore[attr-defined]
 
