@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ._recurrences import following
+from ._recurrences import Edges, enter
 from .reference import Weights, valid_steps
 
 
@@ -30,22 +30,11 @@ def previous_states(
 
     ``initial`` and ``reset_state`` are ``(N, X)``, None meaning zeros. Padded steps are zero.
     """
-    num_steps, batch = states.shape[:2]
-    first = torch.zeros_like(states[:1]) if initial is None else initial[None, :, :][:num_steps]
+    num_steps = states.size(0)
+    first = states.new_zeros(states.shape[1:]) if initial is None else initial
     if lengths is None and reset_mask is not None and num_steps > 0:
         return _with_resets(states, first, reset_mask, reset_state, reverse)
-    entering = torch.cat([states[1:], first]) if reverse else torch.cat([first, states[:-1]])
-    if lengths is None:
-        return entering
-    # crossed[t]: the state that entered step t came over an edge of the sequence, not from `initial`.
-    crossed = valid_steps(num_steps, batch, lengths, states.device)
-    if reverse:
-        crossed = following(crossed)
-        entering = torch.where(crossed[..., None], entering, 0 if initial is None else initial)
-    if reset_mask is not None:
-        reset = crossed & (following(reset_mask) if reverse else reset_mask)
-        entering = torch.where(reset[..., None], 0 if reset_state is None else reset_state, entering)
-    return without_padding(entering, lengths)
+    return enter(states, first, reset_state, Edges.of(reset_mask, None, lengths, num_steps, reverse), None)
 
 
 def _with_resets(
@@ -57,7 +46,7 @@ def _with_resets(
     edges = reset_mask[..., None]
     if reverse:
         torch.where(edges[1:], value, states[1:], out=entering[:-1])
-        entering[-1:] = first
+        entering[-1] = first
     else:
         torch.where(edges[1:], value, states[:-1], out=entering[1:])
         torch.where(edges[:1], value, first, out=entering[:1])

@@ -252,22 +252,16 @@ def _product_fake(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _save(
-    ctx: Any,
-    tensors: tuple[Tensor | None, ...],
-    gates: Tensor,
-    detach_every: int,
-    allow_tf32: bool,
-    recompute: bool,
-    training: bool,
+    ctx: Any, tensors: tuple[Tensor | None, ...], gates: Tensor, hints: tuple[int, bool], training: bool
 ) -> None:
+    """``hints`` are ``detach_every`` and ``allow_tf32``."""
     if not training:
         raise RuntimeError(
             f"{NAMESPACE}: gradients were asked for of a call made with training=False; pass training=True"
         )
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
-    ctx.recompute = recompute
-    ctx.hints = (detach_every, allow_tf32)
+    ctx.hints = hints
     ctx.save_for_backward(*tensors)
     if forward_ad._current_level >= 0:
         ctx.save_for_forward(*tensors)
@@ -275,7 +269,7 @@ def _save(
 
 def _lstm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     result, _, _, c_states, gates = output
-    _save(ctx, (*inputs[:18], result, c_states, gates), gates, *inputs[18:20], *inputs[21:])
+    _save(ctx, (*inputs[:18], result, c_states, gates), gates, inputs[18:20], inputs[-1])
 
 
 def _lstm_gradients(
@@ -315,7 +309,7 @@ def _lstm_gradients(
 
 def _gru_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     result, _, gates = output
-    _save(ctx, (*inputs[:14], result, gates), gates, *inputs[14:])
+    _save(ctx, (*inputs[:14], result, gates), gates, inputs[14:16], inputs[-1])
 
 
 def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[Tensor | None, ...]:

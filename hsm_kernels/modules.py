@@ -311,6 +311,22 @@ class _Cell(nn.RNNCellBase):
 
     weight_dtype: torch.dtype | None = None  #: as in LSTM and GRU
 
+    _is_lstm: bool
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        weight_dtype: torch.dtype | None = None,
+    ) -> None:
+        num_chunks = 4 if self._is_lstm else 3
+        super().__init__(input_size, hidden_size, bias, num_chunks, device, dtype)
+        _keep_weights_in(self, weight_dtype)
+
     def _step(self, function: Any, input: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """Check ``input`` and ``state``, give them a batch if they have none, and run ``function``."""
         who = type(self).__name__
@@ -357,8 +373,6 @@ class _Cell(nn.RNNCellBase):
                 given = part.size(min(1, part.dim() - 1))
                 raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {given}, expected {self.hidden_size}")
 
-    _is_lstm: bool
-
     def to_torch(self) -> nn.RNNCellBase:
         """The cell of torch.nn that shares this module's parameters."""
         return cast(nn.RNNCellBase, _conversion.to_torch(self))
@@ -376,19 +390,6 @@ class LSTMCell(_Cell):
     """
 
     _is_lstm = True
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        weight_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-        _keep_weights_in(self, weight_dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: ``input`` ``(N, I)`` or ``(I,)``, ``hx`` ``(h, c)`` of ``(N, H)`` or ``(H,)`` -> the new pair.
@@ -413,19 +414,6 @@ class GRUCell(_Cell):
     """
 
     _is_lstm = False
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        weight_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-        _keep_weights_in(self, weight_dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: ``input`` ``(N, I)`` or ``(I,)``, ``hx`` ``(N, H)`` or ``(H,)`` -> the new ``h``.

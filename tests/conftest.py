@@ -1,7 +1,10 @@
 """Seeds, hypothesis profiles, markers and the `backend` fixture of every test."""
 
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -69,6 +72,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test through the ops (native kernels or their fallback), and by the reference."""
     with hsm.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of the benchmarks by name."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The boundary benchmark runs at tiny sizes, and notices results that differ and targets that are missed."""
 
-import importlib
 import json
 import math
 import os
@@ -22,13 +21,6 @@ import hsm_kernels as hsm
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 Load = Callable[[str], ModuleType]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Imports a module of the benchmark by name."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 Peers that are not installed take no part here either.
 """
 
-import importlib
 import importlib.util
 import json
 import os
@@ -27,13 +26,6 @@ OPTIONAL = {"ONNX Runtime": ("onnxruntime", "onnx"), "OpenVINO": ("openvino", "o
 INSTALLED = {
     name for name, packages in OPTIONAL.items() if all(importlib.util.find_spec(package) for package in packages)
 }
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a module of the benchmark by name."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The GPU check runs at tiny sizes without a GPU, measures what matters first, and notices what is wrong."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -17,13 +16,6 @@ import hsm_kernels as hsm
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 Load = Callable[[str], ModuleType]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Imports a module of the benchmark by name."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -271,6 +271,12 @@ def test_gradients_of_a_part(cell: str) -> None:
         torch.testing.assert_close(found, gradient, rtol=0, atol=0)
 
 
+def case_of(cell: str, shape: tuple[int, ...], **options: Any) -> Case:
+    """``shape``: (steps, batch, inputs, hidden, proj_size, directions); a GRU has no projection."""
+    steps, batch, inputs, hidden, proj_size, directions = shape
+    return Case(cell, steps, batch, inputs, hidden, proj_size if cell == "LSTM" else 0, directions, **options)
+
+
 # (steps, batch, inputs, hidden, proj_size, directions). Kernels that work with pairs of numbers fill odd sizes up.
 PAIRS = {
     "one unit": (4, 2, 1, 1, 0, 1),
@@ -290,10 +296,7 @@ PAIRS = {
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_half_precision_shapes(poisoned_memory: None, cell: str, shape: str, dtype: torch.dtype) -> None:
     """Every way through the native kernels, with sizes that do and do not fill the vectors that they work with."""
-    steps, batch, inputs, hidden, proj_size, directions = PAIRS[shape]
-    proj_size = proj_size if cell == "LSTM" else 0
-    options = {"bias": batch != 7, "resets": True, "reset_state": True, "dtype": dtype}
-    case = Case(cell, steps, batch, inputs, hidden, proj_size, directions, **options)  # type: ignore[arg-type]
+    case = case_of(cell, PAIRS[shape], bias=PAIRS[shape][1] != 7, resets=True, reset_state=True, dtype=dtype)
     assert_as_accurate_as_the_reference(case)
 
 
@@ -432,10 +435,7 @@ FEW_ROWS = {
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_few_rows_without_gradients(poisoned_memory: None, cell: str, shape: str, dtype: torch.dtype) -> None:
     """Short calls take a way of their own through the native kernels, whose sums run in another order."""
-    steps, batch, inputs, hidden, proj_size, directions = FEW_ROWS[shape]
-    proj_size = proj_size if cell == "LSTM" else 0
-    options = {"resets": steps > 1, "reset_state": True, "dtype": dtype}
-    case = Case(cell, steps, batch, inputs, hidden, proj_size, directions, **options)  # type: ignore[arg-type]
+    case = case_of(cell, FEW_ROWS[shape], resets=FEW_ROWS[shape][0] > 1, reset_state=True, dtype=dtype)
     ours, wanted = case.forward(training=False), case.in_dtype(torch.float64).by_reference()
     if dtype == torch.float64:
         torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)

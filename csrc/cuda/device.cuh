@@ -14,21 +14,7 @@
 //   copy_async(to, from, bytes, stream)                    cudaMemcpyAsync between places on the device
 #pragma once
 
-#ifdef HSM_SIMULATOR
-#include "sim/device.h"
-#else
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstddef>
-
-// One block for each multiprocessor is enough; for more, ptxas spills registers of these latency-bound kernels.
-#define HSM_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
-// One copy for all threads, which may be referred to.
-#define HSM_ARGUMENT const __grid_constant__
-#define HSM_DEVICE __device__ __forceinline__
 
 namespace hsm {
 namespace cuda {
@@ -38,6 +24,26 @@ struct LaunchShape {
   unsigned threads = 1;
   size_t shared_bytes = 0;
 };
+
+}  // namespace cuda
+}  // namespace hsm
+
+#ifdef HSM_SIMULATOR
+#include "sim/device.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// One block for each multiprocessor is enough; for more, ptxas spills registers of these latency-bound kernels.
+#define HSM_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// One copy for all threads, which may be referred to.
+#define HSM_ARGUMENT const __grid_constant__
+#define HSM_DEVICE __device__ __forceinline__
+
+namespace hsm {
+namespace cuda {
 
 template <class... Arguments>
 cudaError_t launch(void (*kernel)(Arguments...), const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {

@@ -1,4 +1,4 @@
-// csrc/cuda/device.cuh for a C++ compiler: the same names, by the simulator.
+// The CUDA part of csrc/cuda/device.cuh, which includes this, for a C++ compiler: the same names, by the simulator.
 #pragma once
 
 #include <cstring>
@@ -22,12 +22,6 @@ inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000,
 
 namespace hsm {
 namespace cuda {
-
-struct LaunchShape {
-  unsigned grid_x, grid_y = 1, grid_z = 1;
-  unsigned threads = 1;
-  size_t shared_bytes = 0;
-};
 
 template <class... Arguments>
 cudaError_t launch(void (*kernel)(Arguments...), const LaunchShape& shape, cudaStream_t, const Arguments&... arguments) {

@@ -1,7 +1,7 @@
 // benchmarks/probes/primitives.cuh for a C++ compiler: the same names, by the simulator.
 #pragma once
 
-#include "device.h"
+#include "cuda/device.cuh"
 
 namespace hsm {
 namespace cuda {
