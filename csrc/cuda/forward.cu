@@ -29,8 +29,8 @@ struct Visit {
 HSM_DEVICE Visit visit_of(const ForwardRound& s, const Place& place) {
   const Sequences sequences{s.params.boundaries, s.params.sizes.steps};
   const int64_t steps = s.params.sizes.steps, n = place.row, step = place.direction ? steps - 1 - s.index : s.index;
-  // The reverse direction crosses no edge behind step 0; no other edge at the end of a sequence does anything.
-  const bool reset = place.direction ? step > 0 && sequences.resets(step, n) : sequences.resets(step + 1, n);
+  // The edge to the next round's step. Behind the last round there is none, and nothing reads what would enter it.
+  const bool reset = sequences.resets(place.direction ? step : step + 1, n);
   return {place.direction, n, step, step < sequences.length(n), s.index == steps - 1, reset};
 }
 
