@@ -46,7 +46,6 @@ class BackwardPass {
     int64_t count() const { return end - begin; }
   };
 
-  int64_t gate_columns() const { return (z_.cell == CellKind::lstm ? 4 : 3) * int64_t{z_.hidden}; }
 
   // All steps, unless every sequence is at the same step in every round and our own products take the chunks.
   int64_t chunk_steps() const {
@@ -56,7 +55,7 @@ class BackwardPass {
     constexpr int64_t bytes = 1024e3, fewest_rows = 192;  // what a chunk may take of the cache; what a product needs to be fast
     const int64_t row_bytes = 4 * int64_t{z_.hidden} * (z_.dtype == ScalarKind::float64 ? 8 : 4);
     const int64_t rows = std::max(bytes / row_bytes, fewest_rows) * threads().count, steps = std::max<int64_t>(1, rows / z_.batch);
-    const bool own = takes_own_product(t_.input.scalar_type(), std::min(rows, gate_columns()), std::min(t_.input.size(2), int64_t{z_.hidden_out}));
+    const bool own = takes_own_product(t_.input.scalar_type(), std::min(rows, gate_columns(z_)), std::min(t_.input.size(2), int64_t{z_.hidden_out}));
     return own ? std::min(z_.steps, steps) : z_.steps;
   }
 
@@ -77,7 +76,7 @@ class BackwardPass {
   void project_again(int d) {
     const Steps& steps = steps_[d];
     const int64_t hidden = z_.hidden;
-    own_product(rows_of(t_.input, steps), torch::stable::transpose(t_.weight_ih[d], 0, 1), grad_gates(d, steps, 0, gate_columns()), false);
+    own_product(rows_of(t_.input, steps), torch::stable::transpose(t_.weight_ih[d], 0, 1), grad_gates(d, steps, 0, gate_columns(z_)), false);
     const auto multiply = [&](int64_t first, int64_t count, int64_t column, bool add) {
       const Tensor w = torch::stable::transpose(torch::stable::narrow(t_.weight_hh[d], 0, first, count), 0, 1);
       for_each_entering(d, [&](const Tensor& states, const Steps& part) {
@@ -123,7 +122,7 @@ class BackwardPass {
   void add_gradients(int d, bool first) {
     const Steps& steps = steps_[d];
     const int64_t hidden = z_.hidden;
-    const Tensor projected = grad_gates(d, steps, 0, gate_columns());
+    const Tensor projected = grad_gates(d, steps, 0, gate_columns(z_));
     if (t_.needs_input) multiply_into(projected, t_.weight_ih[d], rows_of(results_.input, steps), z_.directions == 2);
     if (!t_.needs_weights) return;
     multiply_into(torch::stable::transpose(projected, 0, 1), rows_of(t_.input, steps), results_.weight_ih[d], !first);

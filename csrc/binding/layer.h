@@ -43,7 +43,7 @@ inline Boundaries boundaries_of(Arguments& arguments, const Sizes& z, const Mayb
 }
 
 inline Weights weights_of(Arguments& arguments, const Sizes& z, const DirectionTensors& w, ScalarType type) {
-  const int64_t rows = (z.cell == CellKind::lstm ? 4 : 3) * static_cast<int64_t>(z.hidden);
+  const int64_t rows = gate_columns(z);
   return {nullptr, arguments.pointer("weight_hh", w.weight_hh, {rows, z.hidden_out}, type),
           arguments.pointer("weight_hr", w.weight_hr, {z.hidden_out, z.hidden}, type), arguments.pointer("bias_ih", w.bias_ih, {rows}),
           arguments.pointer("bias_hh", w.bias_hh, {rows})};
@@ -117,7 +117,7 @@ struct LayerGradients {
 // Room for the gradients of a layer; those that nothing needs have shape (0,).
 template <class Device>
 LayerGradients empty_gradients(const Device& device, const Sizes& z, const BackwardTensors& tensors) {
-  const int64_t inputs = tensors.input.size(2), gates = (z.cell == CellKind::lstm ? 4 : 3) * int64_t{z.hidden};
+  const int64_t inputs = tensors.input.size(2), gates = gate_columns(z);
   LayerGradients gradients;
   gradients.input = device.empty(tensors.needs_input ? Shape{z.steps, z.batch, inputs} : Shape{0});
   for (int d = 0; d < max_directions; ++d) {

@@ -51,6 +51,9 @@ struct Sizes {
   bool projection;
 };
 
+// G * H: the rows of W_ih and W_hh, the columns of their products.
+inline int64_t gate_columns(const Sizes& z) { return (z.cell == CellKind::lstm ? 4 : 3) * int64_t{z.hidden}; }
+
 // One direction's parameters.
 struct Weights {
   const void* weight_ih;  // (G * H, I); read in forward

@@ -579,10 +579,7 @@ size_t backward_workspace(const BackwardLayer& layer, const Limits& limits) { re
 
 Status backward(const BackwardLayer& layer, void* workspace, const Products& products, CUstream_st* stream, const Limits& limits) {
   BackwardPass pass(layer, limits, workspace);
-  return with_type(layer.params.sizes.dtype, [&](auto type) {
-    using T = decltype(type);
-    return layer.params.sizes.cell == CellKind::lstm ? pass.run<T, CellKind::lstm>(products, stream) : pass.run<T, CellKind::gru>(products, stream);
-  });
+  return run(pass, layer.params.sizes, products, stream);
 }
 
 }  // namespace cuda

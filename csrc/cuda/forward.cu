@@ -198,10 +198,7 @@ size_t forward_workspace(const ForwardParams& params, const Limits& limits) { re
 
 Status forward(const ForwardParams& params, void* workspace, const Products& products, CUstream_st* stream, const Limits& limits) {
   ForwardPass pass(params, limits, workspace);
-  return with_type(params.sizes.dtype, [&](auto type) {
-    using T = decltype(type);
-    return params.sizes.cell == CellKind::lstm ? pass.run<T, CellKind::lstm>(products, stream) : pass.run<T, CellKind::gru>(products, stream);
-  });
+  return run(pass, params.sizes, products, stream);
 }
 
 }  // namespace cuda

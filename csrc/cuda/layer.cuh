@@ -28,7 +28,6 @@ inline ScalarKind accumulator_kind(ScalarKind dtype) { return dtype == ScalarKin
 inline int64_t element_bytes(ScalarKind dtype) {
   return dtype == ScalarKind::float64 ? 8 : dtype == ScalarKind::float32 ? 4 : 2;
 }
-inline int64_t gate_columns(const Sizes& z) { return (z.cell == CellKind::lstm ? 4 : 3) * int64_t{z.hidden}; }
 
 inline int64_t at_least_1(int64_t x) { return x < 1 ? 1 : x; }
 // The highest counts where it is below the lowest.
@@ -162,6 +161,15 @@ class Queue {
   const Products& products_;
   cudaError_t status_ = cudaSuccess;
 };
+
+// A pass for the types and the cell of its sizes.
+template <class Pass>
+cudaError_t run(Pass& pass, const Sizes& z, const Products& products, cudaStream_t stream) {
+  return with_type(z.dtype, [&](auto type) {
+    using T = decltype(type);
+    return z.cell == CellKind::lstm ? pass.template run<T, CellKind::lstm>(products, stream) : pass.template run<T, CellKind::gru>(products, stream);
+  });
+}
 
 // One matrix of every direction. Products of all directions at once want them at equal distances.
 class StackedWeights {
