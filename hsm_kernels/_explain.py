@@ -16,9 +16,10 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
 
     ``rnn`` is a module of hsm_kernels, ``input`` what it would be called with; ``options`` are the keyword arguments
     of its forward. For the CPU kernels the variant is the instruction set, and the reason says how many threads the
-    first layer's forward pass uses, where it packs the weights, and how many steps of the input it multiplies at once;
-    masks and lengths, which may change that, are not looked at. On a GPU the variant is ``"step"``. Raises TypeError
-    for another module, RuntimeError if :func:`set_backend` asked for a backend that cannot run it.
+    first layer's forward pass uses, where it packs the weights, and how many steps of the input it multiplies at once,
+    all of which may differ without gradients; masks and lengths, which may change it too, are not looked at. On a GPU
+    the variant is ``"step"``. Raises TypeError for another module, RuntimeError if :func:`set_backend` asked for a
+    backend that cannot run it.
 
     >>> import torch, hsm_kernels as hsm
     >>> with hsm.use_backend("reference"):
@@ -38,10 +39,12 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
     if plan.backend != "cpu":
         return plan
     steps, batch = _steps_and_batch(rnn, input)
+    # As far as it shows in the arguments: a gradient may also be wanted of a state.
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *rnn.parameters()))
     like = torch.empty((), dtype=dtype).expand(steps, batch, data.size(-1))
     instruction_set, numbers = torch.ops.hsm_kernels.explain_forward.default(
-        like, *_first_weights(rnn, dtype), isinstance(rnn, (modules.LSTM, modules.LSTMCell)),
-        bool(getattr(rnn, "proj_size", 0)), bool(getattr(rnn, "bidirectional", False)),
+        like, *_first_weights(rnn, dtype, training), isinstance(rnn, (modules.LSTM, modules.LSTMCell)),
+        bool(getattr(rnn, "proj_size", 0)), bool(getattr(rnn, "bidirectional", False)), training,
     )  # fmt: skip
     name = bytes(instruction_set.tolist()).decode()
     return Plan("cpu", name, f"{plan.reason}; {_describe(batch, steps, *numbers.tolist())}")
@@ -57,10 +60,10 @@ def _steps_and_batch(rnn: nn.Module, input: Tensor | PackedSequence) -> tuple[in
     return (input.size(1), input.size(0)) if rnn.batch_first else (input.size(0), input.size(1))
 
 
-def _first_weights(rnn: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+def _first_weights(rnn: nn.Module, dtype: torch.dtype, training: bool) -> list[Tensor]:
     suffix = "" if isinstance(rnn, nn.RNNCellBase) else "_l0"
     weights = [getattr(rnn, f"{name}{suffix}").detach() for name in ("weight_ih", "weight_hh")]
-    if getattr(rnn, "weight_dtype", None) is not None and dtype == torch.float32 and not torch.is_grad_enabled():
+    if getattr(rnn, "weight_dtype", None) is not None and dtype == torch.float32 and not training:
         return weights
     return [weight.to(dtype) for weight in weights]
 

@@ -74,7 +74,7 @@ for _name, _schema in _SCHEMAS.items():
 # of csrc/common/params.h without the bytes. There is no other kernel.
 _library.define(  # type: ignore[no-untyped-call]
     "explain_forward(Tensor input, Tensor weight_ih, Tensor weight_hh, bool is_lstm, bool projection, "
-    "bool bidirectional) -> (Tensor instruction_set, Tensor numbers)"
+    "bool bidirectional, bool training) -> (Tensor instruction_set, Tensor numbers)"
 )
 
 

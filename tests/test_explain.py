@@ -39,10 +39,17 @@ CALLS = {
 @pytest.mark.parametrize("what", CALLS)
 def test_the_way_of_a_call(what: str) -> None:
     module, input, words = CALLS[what]
-    plan = hsm.explain(module, input)
+    with torch.no_grad():
+        plan = hsm.explain(module, input)
     assert plan.backend == "cpu"
     assert plan.variant in ("portable", "avx2", "avx512")  # float32
     assert any(word in plan.reason for word in words.split("|"))
+
+
+def test_training_packs_in_any_case() -> None:
+    rnn, x = hsm.LSTM(512, 512), torch.zeros(2, 9, 512)
+    assert "W_hh packed once for all steps" in hsm.explain(rnn, x).reason
+    assert "read as they lie" in hsm.explain(rnn.requires_grad_(False), x).reason
 
 
 def test_packed_sequence() -> None:

@@ -5,14 +5,16 @@ namespace hsm {
 namespace binding {
 namespace {
 
-std::tuple<Tensor, Tensor> explain_forward(Tensor input, Tensor weight_ih, Tensor weight_hh, bool is_lstm, bool projection, bool bidirectional) {
+std::tuple<Tensor, Tensor> explain_forward(Tensor input, Tensor weight_ih, Tensor weight_hh, bool is_lstm, bool projection, bool bidirectional,
+                                           bool training) {
   const char* op = "explain_forward";
   STD_TORCH_CHECK(input.dim() == 3 && weight_ih.dim() == 2, op, ": input must have shape (L, N, I), got ", text(shape_of(input)));
   ForwardParams p{};
   p.sizes = sizes_of(op, is_lstm ? CellKind::lstm : CellKind::gru, input, input.size(0), input.size(1), bidirectional ? 2 : 1, weight_hh,
                      projection);
   p.input_size = weight_ih.size(1);
-  p.bfloat16_weights = input.scalar_type() == ScalarType::Float && weight_hh.scalar_type() == ScalarType::BFloat16;
+  p.training = training;
+  p.bfloat16_weights = !training && input.scalar_type() == ScalarType::Float && weight_hh.scalar_type() == ScalarType::BFloat16;
   const cpu::Plan schedule(p.sizes, p.boundaries, false);
   p.schedule = schedule.schedule();
   cpu::Threads pool = threads();
