@@ -52,11 +52,13 @@ class BackwardPass {
     // A slot for each sequence and a round for each step: no sequence is shorter, and none is cut up and dealt out of its order.
     const bool in_step = !p_.boundaries.lengths && p_.schedule.slots == z_.batch && p_.schedule.rounds == z_.steps;
     if (!in_step || z_.steps == 0 || z_.batch == 0) return z_.steps;
-    constexpr int64_t bytes = 1024e3, fewest_rows = 192;  // what a chunk may take of the cache; what a product needs to be fast
+    constexpr int64_t bytes = 1 << 20, fewest_rows = 192;  // what a chunk may take of the cache; what a product needs to be fast
     const int64_t row_bytes = 4 * int64_t{z_.hidden} * (z_.dtype == ScalarKind::float64 ? 8 : 4);
     const int64_t rows = std::max(bytes / row_bytes, fewest_rows) * threads().count, steps = std::max<int64_t>(1, rows / z_.batch);
     const bool own = takes_own_product(t_.input.scalar_type(), std::min(rows, gate_columns(z_)), std::min(t_.input.size(2), int64_t{z_.hidden_out}));
-    return own ? std::min(z_.steps, steps) : z_.steps;
+    if (!own) return z_.steps;
+    const int64_t chunks = (z_.steps + steps - 1) / steps;  // of equal size: a short one would be slow
+    return (z_.steps + chunks - 1) / chunks;
   }
 
   // Some steps of an (L, N, X) tensor as (steps * N, X).

@@ -123,7 +123,8 @@ constexpr int most_waiting_rows = 2;
 // Element k of row r of the states is state[r * row_stride + k * depth_stride]; those of a lane lie behind each other.
 template <class E, int rows, int columns, bool prefetches = false>
 HSM_INLINE void multiply_rows(
-    Start<Sum<E>> start, const E* state, int64_t row_stride, int64_t depth_stride, const E* packed, int64_t depth, Sum<E>* result) {
+    Start<Sum<E>> start, const E* state, int64_t row_stride, int64_t depth_stride, const E* packed, int64_t depth, Sum<E>* result,
+    int64_t result_stride = columns * lanes<Sum<E>>()) {
   using A = Sum<E>;
   using By = Multiplication<E>;
   constexpr int width = lanes<A>();
@@ -158,9 +159,9 @@ HSM_INLINE void multiply_rows(
           memcpy(&before, start.data + r * start.row_stride + v * width, sizeof before);
           sums[r][v] += before;
         }
-        memcpy(result + (r * columns + v) * width, &sums[r][v], sizeof(Vector<A>));
+        memcpy(result + r * result_stride + v * width, &sums[r][v], sizeof(Vector<A>));
       }
-    start = {result, columns * width};
+    start = {result, result_stride};
   } while (k < depth);
 }
 
@@ -175,19 +176,19 @@ void multiply_far_block(
 
 template <class E, int columns>
 void multiply_block(int rows, Start<Sum<E>> start, const E* state, int64_t row_stride, [[maybe_unused]] int64_t depth_stride, const E* packed,
-                    int64_t depth, Sum<E>* result) {
+                    int64_t depth, Sum<E>* result, [[maybe_unused]] int64_t result_stride = columns * lanes<Sum<E>>()) {
 #ifdef HSM_BFLOAT16_TILES
   return multiply_block_by_tiles<columns>(rows, start.data, start.row_stride, state, row_stride, packed, depth, result);
 #else
   static_assert(max_rows <= 6, "the switch below lists every number of rows");
   switch (rows) {
-    case 1: return multiply_rows<E, 1, columns>(start, state, row_stride, depth_stride, packed, depth, result);
-    case 2: return multiply_rows<E, 2, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 1: return multiply_rows<E, 1, columns>(start, state, row_stride, depth_stride, packed, depth, result, result_stride);
+    case 2: return multiply_rows<E, 2, columns>(start, state, row_stride, depth_stride, packed, depth, result, result_stride);
 #if HSM_VECTOR_REGISTERS >= 32
-    case 3: return multiply_rows<E, 3, columns>(start, state, row_stride, depth_stride, packed, depth, result);
-    case 4: return multiply_rows<E, 4, columns>(start, state, row_stride, depth_stride, packed, depth, result);
-    case 5: return multiply_rows<E, 5, columns>(start, state, row_stride, depth_stride, packed, depth, result);
-    case 6: return multiply_rows<E, 6, columns>(start, state, row_stride, depth_stride, packed, depth, result);
+    case 3: return multiply_rows<E, 3, columns>(start, state, row_stride, depth_stride, packed, depth, result, result_stride);
+    case 4: return multiply_rows<E, 4, columns>(start, state, row_stride, depth_stride, packed, depth, result, result_stride);
+    case 5: return multiply_rows<E, 5, columns>(start, state, row_stride, depth_stride, packed, depth, result, result_stride);
+    case 6: return multiply_rows<E, 6, columns>(start, state, row_stride, depth_stride, packed, depth, result, result_stride);
 #endif
   }
 #endif

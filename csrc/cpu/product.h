@@ -94,25 +94,42 @@ class Product {
 
   // Columns of A, which are contiguous, brought together from far apart.
   void pack_a(const T* a, int64_t rows, int64_t depth, T* packed) const {
-    for (int64_t k = 0; k < depth; ++k) memcpy(packed + k * most_rows, a + k * p_.a_depth_stride, rows * sizeof(T));
+    constexpr int64_t ahead = 8;  // every column is on a page of its own, where no prefetcher of the CPU's goes
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* from = a + k * p_.a_depth_stride;
+      T* to = packed + k * most_rows;
+      for (int64_t r = 0; r < rows; r += width) __builtin_prefetch(from + ahead * p_.a_depth_stride + r);
+      for (int64_t r = 0; r < rows; r += width) store(load(from + r, static_cast<int>(smaller(width, rows - r))), to + r);
+    }
   }
 
   // One block of columns of C for `count` rows from row i on.
   void multiply(const Operand& a, int64_t count, const T* b, int64_t depth, int64_t i, int64_t j, bool add) const {
-    alignas(64) T product[max_rows * columns];
     for (int64_t first = 0; first < count; first += max_rows) {
       const int rows = static_cast<int>(smaller(max_rows, count - first));
-      multiply_block<T, max_columns>(rows, Start<T>{}, a.data + first * a.row_stride, a.row_stride, a.depth_stride, b, depth, product);
-      for (int r = 0; r < rows; ++r)
-        for (int v = 0; v < max_columns; ++v) {
-          const int units = static_cast<int>(smaller(width, p_.columns - j - v * width));
-          if (units <= 0) break;
-          T* c = static_cast<T*>(p_.c) + (i + first + r) * p_.c_row_stride + j + v * width;
-          Vector<T> sum = load(product + r * columns + v * width);
-          if (add) sum += load(c, units);
-          store(sum, c, units);
-        }
+      const T* operand = a.data + first * a.row_stride;
+      T* c = static_cast<T*>(p_.c) + (i + first) * p_.c_row_stride + j;
+      if (p_.columns - j >= columns) {
+        const Start<T> start{add ? c : nullptr, p_.c_row_stride};
+        multiply_block<T, max_columns>(rows, start, operand, a.row_stride, a.depth_stride, b, depth, c, p_.c_row_stride);
+      } else {
+        alignas(64) T product[max_rows * columns];
+        multiply_block<T, max_columns>(rows, Start<T>{}, operand, a.row_stride, a.depth_stride, b, depth, product);
+        store_part(product, rows, c, static_cast<int>(p_.columns - j), add);
+      }
     }
+  }
+
+  // The first `units` columns of a tile.
+  void store_part(const T* product, int rows, T* c, int units, bool add) const {
+    for (int r = 0; r < rows; ++r)
+      for (int u = 0; u < units; u += width) {
+        T* to = c + r * p_.c_row_stride + u;
+        const int count = smaller(width, units - u);
+        Vector<T> sum = load(product + r * columns + u);
+        if (add) sum += load(to, count);
+        store(sum, to, count);
+      }
   }
 
   const ProductParams& p_;
