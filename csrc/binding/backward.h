@@ -6,6 +6,7 @@
 #pragma once
 
 #include "binding/layer.h"
+#include "binding/product.h"
 
 namespace hsm {
 namespace binding {

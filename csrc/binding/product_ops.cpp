@@ -1,5 +1,5 @@
 // hsm_kernels::product on the CPU. Schema and meaning: hsm_kernels/_ops.py.
-#include "binding/tensors.h"
+#include "binding/product.h"
 
 namespace hsm {
 namespace binding {

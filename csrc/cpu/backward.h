@@ -169,7 +169,7 @@ class Backward {
     const bool after_projection = round % phases() == 1;
     if (k > 0 && !after_projection) walks_.advance(worker, true);
     const int64_t blocks = after_projection ? hidden_blocks_ : blocks_;
-    for_each_tile(grid_, share_of(grid_, z_.directions * blocks, worker), {0, walks_.active(worker)},
+    for_each_tile(grid_, k, share_of(grid_, z_.directions * blocks, worker), {0, walks_.active(worker)},
                   [&](int64_t item, int64_t i, int lanes) {
                     const int d = static_cast<int>(item / blocks);
                     const Walk& walk = walks_.at(worker, d);

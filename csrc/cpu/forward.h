@@ -266,7 +266,7 @@ class Forward {
         compute_lane(k, worker, items, first, chunk.starts + (first_row + first) * 4 * width);
         continue;
       }
-      for_each_tile(grid_, items, lanes, [&](int64_t item, int64_t i, int rows) {
+      for_each_tile(grid_, k, items, lanes, [&](int64_t item, int64_t i, int rows) {
         const int d = static_cast<int>(item / blocks_);
         const int64_t u = item % blocks_ * width;
         const Walk& walk = walks_.at(worker, d);
@@ -462,7 +462,7 @@ class Forward {
   }
 
   void project_round(int64_t k, int64_t worker) {
-    for_each_tile(grid_, share_of(grid_, z_.directions * out_blocks_, worker), {0, walks_.active(worker)},
+    for_each_tile(grid_, k, share_of(grid_, z_.directions * out_blocks_, worker), {0, walks_.active(worker)},
                   [&](int64_t item, int64_t i, int rows) {
                     const int d = static_cast<int>(item / out_blocks_);
                     const Walk& walk = walks_.at(worker, d);

@@ -125,20 +125,23 @@ inline Range share_of(const Grid& grid, int64_t items, int64_t worker) {
   return Range::part(items, grid.unit_groups, worker % grid.unit_groups);
 }
 
-// Calls visit(item, first lane, lanes) for the tiles of some items and lanes.
+// Calls visit(item, first lane, lanes) for the tiles of some items and lanes in a round. Every other round begins with the items that the round
+// before ended with: of weights that fill more than the core's cache, their part is still there.
 template <class Visit>
-void for_each_tile(const Grid& grid, const Range& items, const Range& lanes, Visit visit) {
-  if (grid.rows_outside) {
+void for_each_tile(const Grid& grid, int64_t round, const Range& items, const Range& lanes, Visit visit) {
+  const auto for_each_item = [&](auto take) {
+    for (int64_t i = 0; i < items.end - items.begin; ++i) take(round % 2 == 0 ? items.begin + i : items.end - 1 - i);
+  };
+  const auto for_each_part = [&](auto take) {
     for (int64_t i = lanes.begin, count; i < lanes.end; i += count) {
       count = rows_at_once(lanes.end - i);
-      for (int64_t item = items.begin; item < items.end; ++item) visit(item, i, static_cast<int>(count));
+      take(i, static_cast<int>(count));
     }
+  };
+  if (grid.rows_outside) {
+    for_each_part([&](int64_t i, int count) { for_each_item([&](int64_t item) { visit(item, i, count); }); });
   } else {
-    for (int64_t item = items.begin; item < items.end; ++item)
-      for (int64_t i = lanes.begin, count; i < lanes.end; i += count) {
-        count = rows_at_once(lanes.end - i);
-        visit(item, i, static_cast<int>(count));
-      }
+    for_each_item([&](int64_t item) { for_each_part([&](int64_t i, int count) { visit(item, i, count); }); });
   }
 }
 
