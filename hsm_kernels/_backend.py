@@ -136,6 +136,11 @@ def _missing_cuda_kernel(index: int | None) -> str | None:
     return _unsupported_gpu(index) if exists else None
 
 
+@_assume_constant_result
+def _has_cuda_kernels() -> bool:
+    return bool(_library.build_info().cuda_archs)
+
+
 @functools.cache
 def _unsupported_gpu(index: int | None) -> str | None:
     """Why a GPU cannot run the library's kernels, None if it can."""
@@ -196,8 +201,9 @@ def always_takes_cpu_kernels() -> bool:
 def chooses_reference(requested: str | None, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a call runs :mod:`hsm_kernels.reference` by choice.
 
-    Otherwise it runs the operators, which fall back to the reference where there is no kernel. Why the reference runs
-    is said once per reason; that no library is loaded was said at import.
+    Otherwise it runs the operators, which fall back to the reference where there is no kernel: not where the library
+    has kernels for a GPU that cannot run them. Why the reference runs is said once per reason; that no library is
+    loaded was said at import.
     """
     nested = nested_forward_mode()
     if requested is None and _current == "auto" and device.type in ("cpu", "meta") and not nested:
@@ -206,4 +212,5 @@ def chooses_reference(requested: str | None, device: torch.device, dtype: torch.
     if chosen.fallback and (device.type != "cpu" or nested) and chosen.reason not in _warned:
         _warned.add(chosen.reason)
         warnings.warn(f"hsm_kernels runs the plain PyTorch reference: {chosen.reason}", RuntimeWarning, stacklevel=5)
-    return chosen.backend == "reference" and (nested or not chosen.fallback)
+    kernels_cannot_run = nested or (device.type == "cuda" and _has_cuda_kernels())
+    return chosen.backend == "reference" and (kernels_cannot_run or not chosen.fallback)

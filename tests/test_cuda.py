@@ -208,6 +208,16 @@ def test_why_the_reference_runs(
     assert plan[:2] == ("reference", "python") and plan.fallback
 
 
+@pytest.mark.filterwarnings("ignore:hsm_kernels runs the plain PyTorch reference")
+@pytest.mark.parametrize("archs, chosen", [((), False), (("80",), True)], ids=["no kernels", "kernels for others"])
+def test_operators_are_left_alone_where_their_kernels_cannot_run(
+    library_for: Any, archs: tuple[str, ...], chosen: bool
+) -> None:
+    """They would find the kernels, and fall back to nothing."""
+    library_for(archs, (6, 1))
+    assert _backend.chooses_reference(None, CUDA, torch.float32) is chosen
+
+
 def test_another_backend_than_the_device(library_for: Any) -> None:
     library_for(("80",), (8, 0))
     with pytest.raises(RuntimeError, match=r"backend 'cpu' .*: the input is on cuda:0"):
@@ -224,14 +234,17 @@ def test_an_unsupported_gpu_is_warned_of_once(library_for: Any, monkeypatch: pyt
         _backend.chooses_reference(None, CUDA, torch.float32)
 
 
-def test_the_choice_can_be_compiled(library_for: Any) -> None:
-    library_for(("80",), (8, 0))
+@pytest.mark.filterwarnings("ignore:hsm_kernels runs the plain PyTorch reference")
+@pytest.mark.parametrize("capability", [(8, 0), (6, 1)])
+def test_the_choice_can_be_compiled(library_for: Any, capability: tuple[int, int]) -> None:
+    torch.compiler.reset()
+    library_for(("80",), capability)
 
     def function(x: torch.Tensor) -> torch.Tensor:
         return x + (2 if _backend.chooses_reference(None, CUDA, torch.float32) else 1)
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
-    assert compiled(torch.zeros(1)).item() == 1
+    assert compiled(torch.zeros(1)).item() == (1 if capability == (8, 0) else 2)
 
 
 @pytest.mark.any_device
