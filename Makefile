@@ -59,12 +59,14 @@ test-jit: $(VENV)/installed
 	$(WAIT_PASSIVELY) export HSM_KERNELS_JIT=force HSM_KERNELS_CACHE_DIR=$(CURDIR)/build/jit-cache; \
 	    $(PYTEST) test_ops.py --deselect tests/test_ops.py::test_instruction_sets $(ARGS)
 
-# One library, several torches. Downloads each of them, with CUDA several gigabytes: TORCH_INDEX has smaller ones.
+# One library, several torches, and the sources with the headers of each. Downloads each of them, with CUDA several gigabytes: TORCH_INDEX has smaller ones.
 test-versions: $(VENV)/installed
 	set -e; for version in $(TORCH_VERSIONS); do \
 	    target=$(CURDIR)/build/torch-$$version; \
 	    test -d $$target || $(PIP) $(TORCH_INDEX:%=--extra-index-url %) --target $$target torch==$$version; \
 	    (export PYTHONPATH=$$target HSM_KERNELS_JIT=0; $(PYTEST) -s test_abi.py test_ops.py $(ARGS)); \
+	    (export PYTHONPATH=$$target HSM_KERNELS_JIT=force HSM_KERNELS_BACKEND=cpu HSM_KERNELS_CACHE_DIR=$(CURDIR)/build/jit-$$version; \
+	        cd tests && $(abspath $(BIN))/python -c 'import hsm_kernels; info = hsm_kernels.build_info(); print(info); assert info.loaded'); \
 	done
 
 bench: peers

@@ -5,7 +5,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from build_helpers import COMPILER, UNSTABLE, needed_libraries, needs_compiler, needs_nm, undefined_symbols
+from build_helpers import (
+    COMPILER,
+    ROOT,
+    UNSTABLE,
+    needed_libraries,
+    needs_compiler,
+    needs_nm,
+    needs_repository,
+    undefined_symbols,
+)
 
 import hsm_kernels
 from hsm_kernels._build import description
@@ -70,3 +79,12 @@ def test_the_library_is_built_for_the_oldest_torch() -> None:
     """Raise it together with the requirement in pyproject.toml."""
     assert description.TORCH_TARGET_VERSION == "0x020b000000000000"
     assert '"torch>=2.11"' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+
+
+@needs_repository
+def test_sources_take_nothing_newer_from_torch() -> None:
+    """They must compile with the oldest torch, too, which CI has not: `make test-versions` does that."""
+    newer = ("STABLE_TORCH_ERROR_CODE_CHECK",)  # without the prefix all have it
+    sources = [path for pattern in description.FILE_PATTERNS for path in (ROOT / "csrc").rglob(pattern)]
+    assert len(sources) > 20
+    assert [(path.name, name) for path in sources for name in newer if name in path.read_text()] == []

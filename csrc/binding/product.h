@@ -33,9 +33,9 @@ inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out, b
   const bool fits = has_unit_stride(a) && has_unit_stride(b) && out.stride(1) == 1;
   if (fits && takes_own_product(a.scalar_type(), a.size(0), b.size(1))) return own_product(a, b, out, add);
   if (add) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_mm_out(out.get(), a.get(), b.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_mm_out(out.get(), a.get(), b.get()));
   }
 }
 

@@ -175,7 +175,7 @@ inline std::array<int64_t, 4> contiguous_strides(const Shape& shape) {
 inline Tensor empty(const Shape& shape, int32_t dtype) {
   const auto strides = contiguous_strides(shape);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   ask_for_huge_pages(tensor);
@@ -185,14 +185,14 @@ inline Tensor empty(const Shape& shape, int32_t dtype) {
 
 inline Tensor empty(const Tensor& like, const Shape& shape) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty(shape, dtype);
 }
 
 // torch's thread pool.
 inline cpu::Threads threads() {
   const auto parallel_for = [](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
   };
   return {cpu::better_alone() ? 1 : static_cast<int>(torch::stable::get_num_threads()), parallel_for};
 }

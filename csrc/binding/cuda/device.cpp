@@ -14,7 +14,7 @@ CUstream_st* current_stream(const char* op, int32_t device) {
   using Function = AOTITorchError(int32_t, void**);
   static Function* const function = reinterpret_cast<Function*>(torch_cuda_function(op, "aoti_torch_get_current_cuda_stream"));
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return static_cast<CUstream_st*>(stream);
 }
 
@@ -22,7 +22,7 @@ CUstream_st* current_stream(const char* op, int32_t device) {
 
 CudaDevice::CudaDevice(const char* op, const Tensor& like, bool allow_tf32)
     : op_(op), index_(like.get_device_index()), allow_tf32_(allow_tf32), guard_(index_), stream_(current_stream(op, index_)) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype_));
 }
 
 Tensor CudaDevice::empty(const Shape& shape) const { return empty(shape, dtype_); }
