@@ -548,11 +548,17 @@ def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any
     def call(*arguments: Any, differentiable: bool = False) -> Any:
         if torch.compiler.is_compiling():
             return op(*arguments)
-        if transformed():
-            return TransformedFunction.apply(*arguments)  # type: ignore[no-untyped-call]
-        if differentiable:
-            return Function.apply(*arguments)  # type: ignore[no-untyped-call]
-        return without_gradients(*arguments)
+        try:
+            if transformed():
+                return TransformedFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+            if differentiable:
+                return Function.apply(*arguments)  # type: ignore[no-untyped-call]
+            return without_gradients(*arguments)
+        except RuntimeError as error:
+            # What torch's own operators raise. It is one of Python, and a library can raise none.
+            if "CUDA out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
 
     without_gradients = below_autograd(op)
     torch.library.register_vmap(op, partial(rule, op), lib=_library)

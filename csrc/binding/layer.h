@@ -90,20 +90,19 @@ inline BackwardTensors backward_tensors(const char* op, const Sizes& z, const Bo
   check_shape(op, "input", input, {z.steps, z.batch, input.size(2)});
   check_shape(op, "output", output, {z.steps, z.batch, z.directions * int64_t{z.hidden_out}});
   STD_TORCH_CHECK(entering || !(boundaries.reset_mask || boundaries.lengths), op, ": entering must be given with reset_mask or lengths");
-  using torch::stable::contiguous;
-  BackwardTensors tensors{contiguous(input), contiguous(output)};
+  BackwardTensors tensors{contiguous(op, "input", input), contiguous(op, "output", output)};
   tensors.needs_input = needs_input, tensors.needs_weights = needs_weights;
-  if (h_0) tensors.h_0 = contiguous(*h_0);
+  if (h_0) tensors.h_0 = contiguous(op, "h_0", *h_0);
   if (entering) {
     check_type(op, "entering", *entering, like.scalar_type(), like);
     check_shape(op, "entering", *entering, {z.directions, z.steps, z.batch, z.hidden_out});
-    tensors.entering = contiguous(*entering);
+    tensors.entering = contiguous(op, "entering", *entering);
   }
   for (const DirectionTensors& w : directions) {
     check_type(op, "weight_ih", *w.weight_ih, like.scalar_type(), like);
     check_shape(op, "weight_ih", *w.weight_ih, {w.weight_hh->size(0), input.size(2)});
-    tensors.weight_ih.push_back(contiguous(*w.weight_ih));
-    tensors.weight_hh.push_back(contiguous(*w.weight_hh));
+    tensors.weight_ih.push_back(contiguous(op, "weight_ih", *w.weight_ih));
+    tensors.weight_hh.push_back(contiguous(op, "weight_hh", *w.weight_hh));
   }
   return tensors;
 }

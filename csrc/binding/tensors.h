@@ -23,6 +23,9 @@
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 
+// Why the call of torch's C interface that failed last did so. Not in torch before 2.13, which prints it.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace hsm {
 namespace binding {
 
@@ -80,6 +83,27 @@ inline void check_type(const char* op, const char* name, const Tensor& tensor, S
   STD_TORCH_CHECK(on_one_device(tensor, like), op, ": ", name, " must be on ", device_of(like), " like the other tensors, got ", device_of(tensor));
 }
 
+// To be called where torch did not make `what`, most likely for want of memory. Where that is sure, or all that is known, Python makes a
+// torch.OutOfMemoryError of "CUDA out of memory" (hsm_kernels/_ops.py).
+[[noreturn]] inline void fail_for_memory(const char* op, const std::string& what, const std::string& device) {
+  const std::string words = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : "";
+  const bool known = !words.empty();
+  STD_TORCH_CHECK(!known || words.find("out of memory") != std::string::npos, op, ": torch made no ", what, " on ", device, ": ", words);
+  STD_TORCH_CHECK(false, op, ": ", device == "the CPU" ? "" : "CUDA ", "out of memory", known ? "" : ", or another error, which torch has printed",
+                  ": no room for ", what, " on ", device, "; take fewer steps or sequences at once, or recompute=True", known ? "; torch says: " : "",
+                  words);
+  std::abort();  // never reached, which the compiler does not know
+}
+
+// The tensor itself if it is contiguous, else a copy.
+inline Tensor contiguous(const char* op, const char* name, const Tensor& tensor) {
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::exception&) {
+    fail_for_memory(op, std::string("contiguous copy of ") + name + " " + text(shape_of(tensor)), device_of(tensor));
+  }
+}
+
 inline ScalarKind scalar_kind(const char* op, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double: return ScalarKind::float64;
@@ -130,7 +154,7 @@ class Arguments {
   const Tensor& keep(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype, bool as_it_is = false) {
     check_shape(op_, name, tensor, shape);
     check_type(op_, name, tensor, dtype, like_);
-    kept_.push_back(as_it_is || tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    kept_.push_back(as_it_is || tensor.is_contiguous() ? tensor : contiguous(op_, name, tensor));
     return kept_.back();
   }
 

@@ -18,13 +18,14 @@ using cudaStream_t = CUstream_st*;
 
 inline const char* cudaGetErrorString(cudaError_t) { return sim::last_error().c_str(); }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 12040, cudaSuccess; }
 
 namespace hsm {
 namespace cuda {
 
 template <class... Arguments>
 cudaError_t launch(void (*kernel)(Arguments...), const LaunchShape& shape, cudaStream_t, const Arguments&... arguments) {
+  if (const int failure = sim::planned_failure()) return static_cast<cudaError_t>(failure);
   sim::LaunchConfig config;
   config.grid = {shape.grid_x, shape.grid_y, shape.grid_z};
   config.block = {shape.threads, 1, 1};

@@ -14,6 +14,7 @@ CUDA_SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT 
 BINDING_SOURCES = (
     "csrc/binding/lstm_ops.cpp",
     "csrc/binding/gru_ops.cpp",
+    "csrc/binding/cuda/cublas.cpp",
     "csrc/binding/cuda/device.cpp",
     "tests/sim/torch_on_cpu.cpp",
 )

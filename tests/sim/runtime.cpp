@@ -179,7 +179,7 @@ Random random_;
 StackPool stacks;
 std::mutex one_launch;
 std::string error_;
-int launches = 0;
+int launches = 0, next_failure = 0;
 Thread* current = nullptr;
 class Launch;
 Launch* running = nullptr;
@@ -578,6 +578,7 @@ bool launch(const LaunchConfig& config, const std::function<void()>& kernel) {
 }
 
 const std::string& last_error() { return error_; }
+int planned_failure() { return std::exchange(next_failure, 0); }
 void set_seed(uint64_t seed) { random_.seed(seed); }
 const Position& position() { return current->position; }
 
@@ -712,5 +713,6 @@ void store_async(void* destination, const void* value, size_t bytes, void* barri
 }  // namespace sim
 
 SIM_EXPORT void sim_set_seed(uint64_t seed) { sim::set_seed(seed); }
+SIM_EXPORT void sim_fail_launch(int status) { sim::next_failure = status; }
 SIM_EXPORT int sim_launches() { return sim::launches; }
 SIM_EXPORT const char* sim_last_error() { return sim::last_error().c_str(); }

@@ -38,6 +38,8 @@ struct LaunchConfig {
 // Runs `kernel` once for each thread of the grid. False if something went wrong; last_error() says what.
 bool launch(const LaunchConfig& config, const std::function<void()>& kernel);
 const std::string& last_error();
+// The cudaError_t that the next launch is to return instead of running; asking for it takes it.
+int planned_failure();
 
 // Of all launches from now on.
 void set_seed(uint64_t seed);

@@ -104,6 +104,12 @@ class Library:
         function = getattr(self._library, name)
         return lambda *arguments: function(*map(_as_c, arguments))
 
+    def text(self, name: str, *arguments: Any) -> str:
+        """What a function says."""
+        function = self._library[name]
+        function.restype = ctypes.c_char_p
+        return function(*arguments).decode()
+
     @property
     def launches(self) -> int:
         """How many kernels were launched so far."""

@@ -1,8 +1,10 @@
 // Included before the sources of csrc/binding, so that their operators for CUDA tensors take CPU tensors, and stand in a namespace of their
-// own. Those for CPU tensors are left out.
+// own. Those for CPU tensors are left out. torch's GPU library is the simulator's, and memory runs out where a test wants it to.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
@@ -23,6 +25,19 @@ struct NoDeviceGuard {
 
 #define DeviceGuard NoDeviceGuard
 #define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
+
+extern "C" {
+void* sim_dlopen(const char* name, int flags);
+void* sim_dlsym(void* library, const char* name);
+AOTITorchError sim_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type, int32_t index,
+                                 AtenTensorHandle* found);
+AOTITorchError sim_call_dispatcher(const char* name, const char* overload, StableIValue* stack, uint64_t version);
+}
+#define dlopen sim_dlopen
+#define dlsym sim_dlsym
+#define aoti_torch_empty_strided sim_empty_strided
+#define torch_call_dispatcher sim_call_dispatcher
+#define torch_exception_get_what_without_backtrace sim_exception_what
 
 namespace sim {
 

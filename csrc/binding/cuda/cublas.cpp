@@ -6,6 +6,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
+
+#include "binding/tensors.h"
 
 namespace hsm {
 namespace binding {
@@ -61,12 +64,13 @@ const Functions& functions(const char* op) {
 // A matrix as cuBLAS takes it, which counts down columns: it is contiguous that way, or transposed. Of a single column or row the
 // leading dimension does not matter, but must be large enough.
 struct Operand {
-  int operation, leading;
+  int operation;
+  int64_t leading;
 };
 
 Operand operand(int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns) {
-  if (row_stride == 1) return {no_transpose, static_cast<int>(std::max(column_stride, rows))};
-  return {transpose, static_cast<int>(std::max(row_stride, columns))};
+  if (row_stride == 1) return {no_transpose, std::max(column_stride, rows)};
+  return {transpose, std::max(row_stride, columns)};
 }
 
 }  // namespace
@@ -83,7 +87,7 @@ void* torch_cuda_function(const char* op, const char* name) {
 
 Cublas::Cublas(const char* op, bool allow_tf32) : op_(op) {
   const Functions& f = functions(op);
-  STD_TORCH_CHECK(f.current_handle(&handle_) == AOTI_TORCH_SUCCESS, op, ": torch has no cuBLAS handle for the current stream");
+  if (f.current_handle(&handle_) != AOTI_TORCH_SUCCESS) fail_for_memory(op, "cuBLAS handle, or workspace for it,", "the current GPU");
   check(f.get_math_mode(handle_, &mode_before_));
   check(f.set_math_mode(handle_, (allow_tf32 ? tf32_math : default_math) | disallow_reduced_precision_reduction));
 }
@@ -102,6 +106,8 @@ void Cublas::multiply(void* context, const BatchedProduct& p) {
   const Functions& f = functions(self.op_);
   const Operand b = operand(p.b_column_stride, p.b_depth_stride, p.columns, p.depth);
   const Operand a = operand(p.a_depth_stride, p.a_row_stride, p.depth, p.rows);
+  const int64_t largest = std::max({p.batch, p.rows, p.columns, p.depth, a.leading, b.leading, p.c_row_stride});
+  STD_TORCH_CHECK(largest <= std::numeric_limits<int>::max(), self.op_, ": a matrix has ", largest, " rows or columns, cuBLAS counts up to 2^31 - 1");
   const bool wide = p.dtype == ScalarKind::float64;
   const double one_64 = 1, beta_64 = p.add;
   const float one_32 = 1, beta_32 = p.add;
@@ -110,12 +116,12 @@ void Cublas::multiply(void* context, const BatchedProduct& p) {
   const int compute = wide ? compute_in_float64 : compute_in_float32;
   const int type = type_of(p.dtype), type_of_c = type_of(p.dtype_of_c);
   const int m = static_cast<int>(p.columns), n = static_cast<int>(p.rows), k = static_cast<int>(p.depth);
-  const int leading_c = static_cast<int>(p.c_row_stride);
+  const int leading_a = static_cast<int>(a.leading), leading_b = static_cast<int>(b.leading), leading_c = static_cast<int>(p.c_row_stride);
   if (p.batch == 1) {
-    self.check(f.gemm(self.handle_, b.operation, a.operation, m, n, k, one, p.b, type, b.leading, p.a, type, a.leading, beta, p.c, type_of_c,
+    self.check(f.gemm(self.handle_, b.operation, a.operation, m, n, k, one, p.b, type, leading_b, p.a, type, leading_a, beta, p.c, type_of_c,
                       leading_c, compute, default_algorithm));
   } else {
-    self.check(f.batched_gemm(self.handle_, b.operation, a.operation, m, n, k, one, p.b, type, b.leading, p.b_batch_stride, p.a, type, a.leading,
+    self.check(f.batched_gemm(self.handle_, b.operation, a.operation, m, n, k, one, p.b, type, leading_b, p.b_batch_stride, p.a, type, leading_a,
                               p.a_batch_stride, beta, p.c, type_of_c, leading_c, p.c_batch_stride, static_cast<int>(p.batch), compute,
                               default_algorithm));
   }

@@ -32,8 +32,7 @@ Tensor CudaDevice::empty(const Shape& shape, int32_t dtype) const {
   AtenTensorHandle handle;
   const AOTITorchError failed =
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cuda(), index_, &handle);
-  STD_TORCH_CHECK(!failed, op_, ": CUDA out of memory, or another error of torch's allocator (see above): no room for a tensor of shape ", text(shape),
-                  " on cuda:", index_, "; take fewer steps or sequences at once, or recompute=True");
+  if (failed) fail_for_memory(op_, "tensor of shape " + text(shape), "cuda:" + std::to_string(index_));
   Tensor tensor(handle);
   if (poisons()) check(cuda::fill(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(tensor.numel()) * tensor.element_size(), stream_));
   return tensor;
