@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 import hsm_kernels as hsm
@@ -15,9 +16,24 @@ STEP_CELLS = ("LSTMCell", "GRUCell")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class _ComputedOnTheCpu:
+    """A module of torch.nn whose tensors may be on a GPU: cuDNN has no gradients in eval mode, and no second ones."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        device = tensors(input)[0].device
+        if device.type == "cpu":
+            return super().forward(input, hx)  # type: ignore[misc]
+        weights = {name: parameter.cpu() for name, parameter in self.named_parameters()}  # type: ignore[attr-defined]
+        result = functional_call(self, weights, (moved(input, "cpu"), moved(hx, "cpu")))  # type: ignore[arg-type]
+        return moved(result, device)
+
+
 def make_pair(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """Our module and torch.nn's, with the same parameters."""
-    theirs = getattr(nn, name)(*args, **kwargs)
+    """Our module and torch.nn's, with the same parameters; torch.nn's computes on the CPU."""
+    module = getattr(nn, name)
+    if torch.get_default_device().type != "cpu":
+        module = type(name, (_ComputedOnTheCpu, module), {})
+    theirs = module(*args, **kwargs)
     ours = getattr(hsm, name)(*args, **kwargs)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
@@ -52,6 +68,15 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if value is None:
         return None
     return type(value)(map_tensors(function, item) for item in value)
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """The tensors of a result or an argument on another device; gradients flow back."""
+    if value is None:
+        return None
+    if isinstance(value, (Tensor, PackedSequence)):
+        return value.to(device)
+    return type(value)(moved(item, device) for item in value)
 
 
 def leaf(value: Any) -> Any:

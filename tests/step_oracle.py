@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rnn_helpers import tensors
+from rnn_helpers import moved, tensors
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -44,8 +44,11 @@ def step_by_step(
     detach_mask: Tensor | None = None,
     lengths: Sequence[int] | None = None,
 ) -> Result:
-    """Runs the parameters of `rnn` over `input` (L, N, I); returns states as tuples."""
-    steps, batch = input.shape[:2]
+    """Runs the parameters of `rnn` over `input` (L, N, I), on the CPU; returns states as tuples, where the input is."""
+    device, (steps, batch) = input.device, input.shape[:2]
+    input, hx, reset_mask, reset_hx, detach_mask = (
+        moved(value, "cpu") for value in (input, hx, reset_mask, reset_hx, detach_mask)
+    )
     zeros = _zero_state(rnn, batch, input)
     hx, reset_hx = (
         zeros if state is None else tuple(part.expand(-1, batch, -1) for part in tensors(state))
@@ -58,7 +61,7 @@ def step_by_step(
         columns.append(_one_sequence(rnn, input[:column_length, n], _pick(hx, n), _pick(reset_hx, n), *masks))
     outputs, last, states = zip(*columns, strict=True)
     padded = [nn.functional.pad(out, (0, 0, 0, steps - len(out))) for out in outputs]
-    return Result(
+    result = Result(
         torch.stack(padded, dim=1),
         tuple(torch.stack(parts, dim=1) for parts in zip(*last, strict=True)),
         tuple(
@@ -66,6 +69,7 @@ def step_by_step(
             for parts in zip(*states, strict=True)
         ),
     )
+    return Result(*(moved(part, device) for part in result))
 
 
 def _one_sequence(
@@ -134,7 +138,7 @@ def _weights_of(rnn: nn.Module, layer: int, direction: int) -> dict[str, Tensor]
     suffix = "_reverse" if direction else ""
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     names = {f"{kind}_l0": f"{kind}_l{layer}{suffix}" for kind in kinds}
-    return {key: getattr(rnn, name) for key, name in names.items() if hasattr(rnn, name)}
+    return {key: getattr(rnn, name).cpu() for key, name in names.items() if hasattr(rnn, name)}
 
 
 def _zero_state(rnn: nn.Module, batch: int, input: Tensor) -> State:

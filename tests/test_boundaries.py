@@ -362,7 +362,9 @@ def test_detach_equals_detaching_between_chunks(
 
 
 @pytest.mark.parametrize(("cell", "options"), [v for v in VARIANTS if not v.values[1].get("bidirectional")])
-def test_detaching_between_calls_gives_the_same_bits(backend: str, cell: str, options: dict[str, Any]) -> None:
+def test_detaching_between_calls_gives_the_same_bits(
+    backend: str, device: torch.device, cell: str, options: dict[str, Any]
+) -> None:
     """In float32, where rounding would show: one call with detaches, and our own module chunk by chunk."""
     rnn = make(cell, **options).float()
     input, hx = leaf(torch.randn(150, 2, FEATURES)), leaf(random_state(rnn, 2))
@@ -373,8 +375,9 @@ def test_detaching_between_calls_gives_the_same_bits(backend: str, cell: str, op
         output, state = rnn(chunk, map_tensors(Tensor.detach, state) if number else state)
         outputs.append(output)
     wanted = (torch.cat(outputs), state)
-    # A single step, as the last chunk is, sums in another order.
-    assert_same_bits(result[0][:-3], wanted[0][:-3])
+    # A single step, as the last chunk is, sums in another order; so may cuBLAS in calls of other lengths.
+    if device.type == "cpu":
+        assert_same_bits(result[0][:-3], wanted[0][:-3])
     torch.testing.assert_close(tensors(result), tensors(wanted))
     torch.testing.assert_close(gradients(result, wanted_of), gradients(wanted, wanted_of), rtol=1e-4, atol=1e-4)
 

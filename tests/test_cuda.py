@@ -15,6 +15,7 @@ from build_helpers import PACKAGE
 from rnn_helpers import DTYPES, SEQUENCE_CELLS, tensors
 from test_ops import Case, backward_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hsm_kernels as hsm
@@ -254,6 +255,23 @@ def test_the_device_has_kernels(device: torch.device, dtype: torch.dtype) -> Non
     """The other tests of a run with --device cuda would pass with the reference, too."""
     plan = _backend.plan(device.type, device, dtype)
     assert plan.backend == device.type
+
+
+@pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="old torch")
+@pytest.mark.slow
+def test_tests_for_any_device_put_every_tensor_on_it() -> None:
+    """On a device that is as strict as a GPU; a choice of the tests that run with --device cuda on a real one."""
+    chosen = "(reset_mask or reset_state or lengths or packed or strides or per_sample or many_steps or one_step)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "fake_device"]
+    command += ["--device", "fake", "-k", f"{chosen} and not reference and not stacked"]
+    done = subprocess.run(
+        [*command, "test_boundaries.py", "test_equivalence.py", "test_ops.py"],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(Path(__file__).parent)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 # --------------------------------------------------------------------------------------------- what operators are given

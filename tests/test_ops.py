@@ -329,6 +329,7 @@ def test_infinite_input_saturates(cell: str, proj_size: int, dtype: torch.dtype)
         assert_close_to_reference(ours[k], wanted[k], low[k], f"result {k}")
 
 
+@pytest.mark.cpu  # cuBLAS may sum in another order where there are more rows
 @pytest.mark.requires_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_calls_give_the_bits_of_one(dtype: torch.dtype) -> None:
@@ -446,8 +447,8 @@ def test_few_rows_without_gradients(poisoned_memory: None, cell: str, shape: str
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-def test_one_step_equals_many(cell: str) -> None:
-    """Single steps give what one call gives, in training to the bit."""
+def test_one_step_equals_many(device: torch.device, cell: str) -> None:
+    """Single steps give what one call gives, in training on the CPU to the bit."""
     case = Case(cell, steps=6, batch=4, hidden=37, inputs=41, resets=True, reset_state=True)
     output, *final = case.forward()[:3] if cell == "LSTM" else case.forward()
     whole = (case.input, case.reset_mask, case.state)
@@ -457,7 +458,7 @@ def test_one_step_equals_many(cell: str) -> None:
         step, *state = case.forward()[:3] if cell == "LSTM" else case.forward()
         case.state = tuple(state)
         steps.append(step)
-    exact = {"rtol": 0, "atol": 0} if hsm.build_info().loaded else {}
+    exact = {"rtol": 0, "atol": 0} if hsm.build_info().loaded and device.type == "cpu" else {}
     torch.testing.assert_close(torch.cat(steps), output, **exact)
     torch.testing.assert_close(list(case.state), final, **exact)
 
@@ -509,6 +510,7 @@ def backward_arguments(case: Case) -> tuple[Any, ...]:
 SHAPES = [(0, 3, 2), (70, 0, 2), (70, 3, 0), (1, 1, 1), (7, 300, 65), (130, 5, 200), (64, 1025, 33), (71, 520, 65)]
 
 
+@pytest.mark.cpu  # elsewhere it is torch's, which may sum in 16 bits
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("order", ["row", "column"])
 @pytest.mark.parametrize("shape", SHAPES)
