@@ -16,6 +16,7 @@ named. gpu_probes.py is a command of its own.
 import argparse
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -48,11 +49,14 @@ from results import describe_machine, save
 from timing import Effort, share_time
 
 import hsm_kernels as hsm
+from hsm_kernels._build import cuda, toolchain
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 STAGES = ("build", "tests", "sanitizer", "benchmark")
-SANITIZERS = ("memcheck", "racecheck")
+#: To their options. Race checks are of our kernels alone: those of cuBLAS take long, and are not ours to judge.
+SANITIZERS = {"memcheck": [], "racecheck": ["--kernel-regex", "kns=3hsm4cuda"]}
+SMALL_CALLS_SHARE = 0.5  # of a sanitizer's time; it needs the rest to start, and to end
 SANITIZER_FOUND_SOMETHING = 99
 SAVE_EVERY = 5  # seconds
 
@@ -114,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the stages; 1 if tests fail, a sanitizer finds something, a row fails or results disagree."""
     options = parse_options(arguments)
     if options.small_calls:
-        return small_calls("cuda" if torch.cuda.is_available() else "cpu")
+        return small_calls("cuda" if torch.cuda.is_available() else "cpu", options.small_calls)
     mode = MODES["check" if options.check else "full"]
     if not options.check and not torch.cuda.is_available():
         raise SystemExit("gpu_check: torch sees no GPU; on a CPU only --check runs, which measures nothing of use")
@@ -124,13 +128,18 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(machine | {"commit": options.commit or machine["commit"]})
     for stage, run in (("build", build), ("tests", tests), ("sanitizer", sanitizer)):
         begin = time.monotonic()
-        report.stages[stage] = {"skipped": "by --skip"} if stage in options.skip else run(mode)
+        try:
+            report.stages[stage] = {"skipped": "by --skip"} if stage in options.skip else run(mode)
+        except Exception as error:  # the other stages may say more
+            report.stages[stage] = {"failed": f"{type(error).__name__}: {error}"}
         report.stages[stage]["seconds"] = round(time.monotonic() - begin, 1)
         print(f"{stage}: {json.dumps(report.stages[stage])}", flush=True)
         report.save(path)
-    if "benchmark" not in options.skip:
-        benchmark(report, path, mode, options.only, end)
-    report.save(path)
+    if "benchmark" not in options.skip and not _has_no_kernels(report):
+        try:
+            benchmark(report, path, mode, options.only, end)
+        finally:  # an interrupt, too, leaves the rows
+            report.save(path)
     print_report(report)
     print(f"\nsaved {path}")
     return judge(report)
@@ -146,7 +155,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, help="for everything but a build at import (370)")
     add("--out", type=Path, help="JSON file (default: results/gpu.json)")
     add("--commit", help="what is measured, where the checkout has no .git")
-    add("--small-calls", action="store_true", help="nothing but small calls of everything, for a sanitizer")
+    add("--small-calls", type=float, metavar="SECONDS", help="nothing but small calls of everything, for a sanitizer")
     return parser.parse_args(arguments)
 
 
@@ -181,12 +190,23 @@ def build(mode: Mode) -> dict[str, Any]:
     info = hsm.build_info()
     rnn = hsm.LSTM(8, 8).to(device)
     plan = hsm.explain(rnn, torch.zeros(2, 1, 8, device=device))
-    return {"loaded": info.loaded, "how": info.how, "reasons": list(info.reasons), "plan": str(plan)}
+    return {
+        "loaded": info.loaded,
+        "how": info.how,
+        "reasons": list(info.reasons),
+        "plan": str(plan),
+        "backend": plan.backend,
+    }
+
+
+def _has_no_kernels(report: Report) -> bool:
+    """Whether there is a GPU, and calls on it do not take its kernels: nothing is worth a measurement then."""
+    return torch.cuda.is_available() and report.stages["build"].get("backend", "cuda") != "cuda"
 
 
 def tests(mode: Mode) -> dict[str, Any]:
     """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_on_gpu.py"]
     if not torch.cuda.is_available():
         return {"skipped": "there is no GPU", "command": " ".join(command[1:])}
     status, output = _run(command, mode.tests_seconds)
@@ -195,22 +215,43 @@ def tests(mode: Mode) -> dict[str, Any]:
 
 def sanitizer(mode: Mode) -> dict[str, Any]:
     """compute-sanitizer over small calls of everything."""
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not torch.cuda.is_available() or not Path(program).exists():
-        return {"skipped": "there is no GPU" if Path(program).exists() else "compute-sanitizer was not found"}
-    found = {}
-    for tool in SANITIZERS:
-        command = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND_SOMETHING)]
-        status, output = _run([*command, sys.executable, __file__, "--small-calls"], mode.sanitizer_seconds)
+    program = find_sanitizer()
+    if not torch.cuda.is_available() or program is None:
+        return {"skipped": "there is no GPU" if program else "compute-sanitizer was not found; install it, or set PATH"}
+    found: dict[str, Any] = {"program": program}
+    calls = [sys.executable, __file__, "--small-calls", str(SMALL_CALLS_SHARE * mode.sanitizer_seconds)]
+    for tool, options in SANITIZERS.items():
+        command = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND_SOMETHING), *options]
+        # Without torch's cache every tensor has an allocation of its own, whose ends the tool knows.
+        status, output = _run([*command, *calls], mode.sanitizer_seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         found[tool] = {"status": status, "output": output}
     return found
 
 
-def _run(command: list[str], seconds: float) -> tuple[int | str, str]:
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on PATH, or in the CUDA toolkit that compiles the kernels."""
+    found = shutil.which("compute-sanitizer")
+    if found:
+        return found
+    try:
+        root = cuda.find_toolkit(os.environ, Path(torch.__file__).parent).nvcc.parents[1]
+    except toolchain.Unavailable:
+        return None
+    places = (root / folder / "compute-sanitizer" for folder in ("bin", "compute-sanitizer"))
+    return next((str(place) for place in places if place.is_file()), None)
+
+
+def _run(command: list[str], seconds: float, **variables: str) -> tuple[int | str, str]:
     """The exit status of a command, or why it has none, and the end of what it printed."""
     try:
         done = subprocess.run(
-            command, cwd=ROOT, timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env=os.environ | variables,
+            timeout=seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
     except subprocess.TimeoutExpired as error:
         output = error.stdout or b""
@@ -219,8 +260,9 @@ def _run(command: list[str], seconds: float) -> tuple[int | str, str]:
     return done.returncode, done.stdout[-2000:]
 
 
-def small_calls(device: str) -> int:
-    """Forward and backward of every cell, dtype and kind of boundary, small."""
+def small_calls(device: str, seconds: float) -> int:
+    """Forward and backward of every cell, dtype and kind of boundary, small, as many as there is time for."""
+    end = time.monotonic() + seconds
     length, batch, size = 7, 3, 20
     kinds: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -232,12 +274,16 @@ def small_calls(device: str) -> int:
     }
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     modules: tuple[tuple[Any, dict[str, Any]], ...] = ((hsm.LSTM, {}), (hsm.LSTM, {"proj_size": 5}), (hsm.GRU, {}))
-    for (module, options), dtype, both in itertools.product(modules, dtypes, (False, True)):
+    calls = list(itertools.product(kinds.items(), dtypes, modules, (True, False)))
+    for done, ((_, given), dtype, (module, options), both) in enumerate(calls):
+        if time.monotonic() > end:
+            print(f"the time was over after {done} of {len(calls)} calls")
+            return 0
         rnn = module(size, size, bidirectional=both, **options).to(device, dtype)
-        for given in kinds.values():
-            moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in given.items()}
-            output, _ = rnn(torch.randn(length, batch, size, device=device, dtype=dtype, requires_grad=True), **moved)
-            output.sum().backward()
+        moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in given.items()}
+        output, _ = rnn(torch.randn(length, batch, size, device=device, dtype=dtype, requires_grad=True), **moved)
+        output.sum().backward()
+    print(f"{len(calls)} of {len(calls)} calls")
     return 0
 
 
@@ -254,8 +300,8 @@ def benchmark(report: Report, path: Path, mode: Mode, only: str, end: float) -> 
     for case, left in share_time(chosen, end - time.monotonic()):
         try:
             measure_any(report, case, mode.effort.within(left))
-        except RuntimeError as error:  # torch.OutOfMemoryError and what CUDA reports
-            report.failed[str(case)] = str(error).partition("\n")[0]
+        except Exception as error:  # mostly torch.OutOfMemoryError and what CUDA reports
+            report.failed[str(case)] = str(error).partition("\n")[0] or type(error).__name__
         measured += 1
         if _gpu_is_lost():
             break
@@ -313,6 +359,9 @@ def judge(report: Report) -> int:
     wrong += [
         f"{row.case}: torch.nn and hsm_kernels differ by {row.difference:.2g}" for row in report.rows if row.differs
     ]
+    wrong += [f"{name}: {stage['failed']}" for name, stage in report.stages.items() if "failed" in stage]
+    if _has_no_kernels(report):
+        wrong.append(f"build: nothing was measured, as calls on the GPU run by {report.stages['build']['plan']}")
     if report.stages["tests"].get("status", 0) != 0:
         wrong.append(f"tests: {report.stages['tests']['status']}")
     for tool in SANITIZERS:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -140,8 +141,115 @@ def test_a_command_that_does_not_end_is_stopped(load: Load) -> None:
     assert status == "stopped after 3 s" and "begun" in output
 
 
-def test_small_calls_touch_everything(load: Load) -> None:
-    assert load("gpu_check").small_calls("cpu") == 0
+def test_small_calls_touch_everything(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("gpu_check").small_calls("cpu", 600) == 0
+    assert capsys.readouterr().out == "144 of 144 calls\n"
+
+
+def test_small_calls_end_in_time(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under a sanitizer they may take a hundred times as long."""
+    assert load("gpu_check").small_calls("cpu", 0) == 0
+    assert capsys.readouterr().out == "the time was over after 0 of 144 calls\n"
+
+
+# What needs a GPU, in a process that believes to have one, by programs that find none.
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_tests_for_gpus_are_found(load: Load, gpu: None) -> None:
+    check = load("gpu_check")
+    found = check.tests(replace(check.MODES["full"], tests_seconds=600))
+    assert found["status"] == 0 and " skipped" in found["output"], found
+    collected = [line for line in found["output"].splitlines() if "skipped" in line]
+    assert "failed" not in collected[-1] and "error" not in collected[-1]
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_sanitizers_get_their_options_and_the_small_calls(
+    load: Load, gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = script(
+        tmp_path / "bin" / "compute-sanitizer",
+        f'echo "options: $@; cache off: $PYTORCH_NO_CUDA_MEMORY_CACHING"\n'
+        f'while [ "$1" != "{sys.executable}" ]; do shift; done\nexec "$@"',
+    )
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(hsm.__file__).parent.parent))
+    check = load("gpu_check")
+    monkeypatch.setattr(check, "SMALL_CALLS_SHARE", 1e-7)
+    found = check.sanitizer(replace(check.MODES["full"], sanitizer_seconds=600))
+    assert found.pop("program") == str(program)
+    assert {tool: entry["status"] for tool, entry in found.items()} == {"memcheck": 0, "racecheck": 0}
+    for tool, entry in found.items():
+        assert f"options: --tool {tool} --error-exitcode 99 " in entry["output"]
+        assert "cache off: 1" in entry["output"] and "of 144 calls" in entry["output"]
+
+
+def test_the_sanitizer_of_a_toolkit_that_is_not_on_path(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = load("gpu_check")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert check.find_sanitizer() is None
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        script(tmp_path / name, "")
+    assert check.find_sanitizer() is None
+    program = script(tmp_path / "compute-sanitizer" / "compute-sanitizer", "")
+    assert check.find_sanitizer() == str(program)
+
+
+def test_a_stage_that_fails_leaves_the_others(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(mode: Any) -> dict[str, Any]:
+        raise OSError("no such program")
+
+    monkeypatch.setattr(load("gpu_check"), "build", fail)
+    assert run_with(load, tmp_path, "GRU inference L=5 N=3 H=8 float32") == 1
+    saved = json.loads((tmp_path / "rows.json").read_text())
+    assert saved["stages"]["build"]["failed"] == "OSError: no such program" and len(saved["rows"]) == 1
+    assert "build: OSError: no such program" in capsys.readouterr().err
+
+
+def test_nothing_is_measured_without_kernels(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference's times would stand there as ours."""
+    check = load("gpu_check")
+    plan = {"backend": "reference", "plan": "reference (python): built without CUDA kernels"}
+    monkeypatch.setattr(check, "build", lambda mode: plan)
+    monkeypatch.setattr(check, "describe_gpu", lambda: {"commit": None})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run_with(load, tmp_path, "GRU") == 1
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == []
+    assert "as calls on the GPU run by reference (python): built without CUDA kernels" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_the_rows(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = load("gpu_check")
+    measure, calls = check.measure_any, []
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        measure(*arguments)
+
+    monkeypatch.setattr(check, "measure_any", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_with(load, tmp_path, "LSTM inference L=5")
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
 
 
 def test_the_benchmark_needs_a_gpu(load: Load) -> None:
