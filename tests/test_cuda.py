@@ -71,6 +71,54 @@ def test_architectures_of_the_gpus_in_a_machine() -> None:
     assert cuda.archs_of([]) == ()
 
 
+class Machine:
+    """Stands in for NVML and for CUDA's driver, as ctypes calls them."""
+
+    gpus = ((9, 0), (8, 6))
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: 0  # success
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
+        count._obj.value = len(self.gpus)
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, handle: Any) -> int:
+        handle._obj.value = index + 1
+        return 0
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: Any, major: Any, minor: Any) -> int:
+        major._obj.value, minor._obj.value = self.gpus[handle.value - 1]
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        return self.nvmlDeviceGetCount_v2(count)
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        value._obj.value = self.gpus[device.value][(75, 76).index(attribute)]
+        return 0
+
+
+@pytest.mark.parametrize("missing", [(), ("libnvidia-ml.so.1",), ("libnvidia-ml.so.1", "libcuda.so.1")], ids=str)
+def test_gpus_are_seen_with_and_without_nvml(monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]) -> None:
+    """A container may have the driver alone."""
+    opened = []
+
+    def library(name: str) -> Machine:
+        opened.append(name)
+        if name in missing:
+            raise OSError(name)
+        return Machine()
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", library)
+    assert cuda.visible_gpus() == ([] if len(missing) == 2 else list(Machine.gpus))
+    assert opened == ["libnvidia-ml.so.1", "libcuda.so.1"][: len(missing) + 1]
+
+
 # --------------------------------------------------------------------------------------------------- what is built
 
 

@@ -40,10 +40,10 @@ def choose(environ: Mapping[str, str], torch_root: Path, *, ahead: bool) -> Choi
     mode = environ.get("HSM_KERNELS_BUILD", "auto")
     if mode == "cpu":
         return Choice(None, reason="HSM_KERNELS_BUILD=cpu is set")
-    gpus = [] if ahead else visible_gpus()
     try:
         if mode != "cuda" and not torch_has_cuda(torch_root):
             raise toolchain.Unavailable("this torch has no CUDA")
+        gpus = [] if ahead else visible_gpus()
         if mode != "cuda" and not ahead and not gpus:
             raise toolchain.Unavailable("there is no NVIDIA GPU")
         toolkit = find_toolkit(environ, torch_root)
@@ -152,11 +152,18 @@ def _output_of(command: list[str]) -> str:
 
 
 def visible_gpus() -> list[tuple[int, int]]:
-    """The compute capabilities of the GPUs in this machine, by NVML: CUDA itself is not initialised."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return []
+    """The compute capabilities of the GPUs in this machine.
+
+    By NVML, which leaves CUDA uninitialised; by CUDA where there is no NVML, as in containers that were given no more.
+    """
+    with contextlib.suppress(OSError):
+        return _gpus_by_nvml(ctypes.CDLL("libnvidia-ml.so.1"))
+    with contextlib.suppress(OSError):
+        return _gpus_by_cuda(ctypes.CDLL("libcuda.so.1"))
+    return []
+
+
+def _gpus_by_nvml(nvml: ctypes.CDLL) -> list[tuple[int, int]]:
     if nvml.nvmlInit_v2():
         return []
     found = []
@@ -169,6 +176,25 @@ def visible_gpus() -> list[tuple[int, int]]:
         if not nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)):
             found.append((major.value, minor.value))
     nvml.nvmlShutdown()
+    return found
+
+
+#: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+_CAPABILITY = (75, 76)
+
+
+def _gpus_by_cuda(driver: ctypes.CDLL) -> list[tuple[int, int]]:
+    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for index in range(count.value):
+        numbers = []
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        for attribute in _CAPABILITY:
+            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+            numbers.append(value.value)
+        found.append((numbers[0], numbers[1]))
     return found
 
 
