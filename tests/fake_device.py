@@ -17,8 +17,10 @@ torch.__future__.set_overwrite_module_params_on_conversion(True)
 
 FAKE = torch.device("fake", 0)
 
+#: Operations whose second argument or result is on the CPU.
+PACKING = {"_pack_padded_sequence", "_pad_packed_sequence"}
 #: Operations that a GPU's tensors share with the CPU's: copies, and where indices or lengths may be on the CPU.
-MIXES = {"copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_", "_pack_padded_sequence"}
+MIXES = {"copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_", "set_"} | PACKING
 
 
 class FakeTensor(Tensor):
@@ -59,7 +61,7 @@ class FakeTensor(Tensor):
             return wrappers[id(value)] if id(value) in wrappers else FakeTensor(value)
 
         result = function(*tree_map(unwrapped, arguments), **tree_map(unwrapped, options))
-        if name == "_pack_padded_sequence":  # the batch sizes are on the CPU
+        if name in PACKING:
             return wrapped(result[0]), result[1]
         return tree_map(wrapped, result)
 

@@ -66,10 +66,19 @@ HSM_HOST_DEVICE unsigned threads_of_a_row(int units) {
   return whole_warps < block_threads ? whole_warps : block_threads;
 }
 
+// Blocks across a row are the y dimension of a grid, or part of its x dimension where there are too many.
+constexpr unsigned most_grid_y = 65535;
+
+HSM_HOST_DEVICE unsigned blocks_of_a_row(int units, unsigned across) { return (static_cast<unsigned>(units) + across - 1) / across; }
+
 inline LaunchShape one_thread_each(int64_t rows, int units, int directions) {
-  const unsigned across = threads_of_a_row(units), down = block_threads / across;
+  const unsigned across = threads_of_a_row(units), down = block_threads / across, blocks = blocks_of_a_row(units, across);
   LaunchShape shape{static_cast<unsigned>((rows + down - 1) / down)};
-  shape.grid_y = (static_cast<unsigned>(units) + across - 1) / across;
+  if (blocks > most_grid_y) {
+    shape.grid_x *= blocks;
+  } else {
+    shape.grid_y = blocks;
+  }
   shape.grid_z = static_cast<unsigned>(directions);
   shape.threads = across * down;
   return shape;
@@ -83,9 +92,11 @@ struct Place {
 };
 
 HSM_DEVICE Place place_of_thread(int64_t rows, int units) {
-  const unsigned across = threads_of_a_row(units), down = block_threads / across;
-  const int64_t row = static_cast<int64_t>(block_x()) * down + thread() / across;
-  const int unit = static_cast<int>(block_y() * across + thread() % across);
+  const unsigned across = threads_of_a_row(units), down = block_threads / across, blocks = blocks_of_a_row(units, across);
+  const bool in_x = blocks > most_grid_y;
+  const unsigned rows_before = in_x ? block_x() / blocks : block_x(), units_before = in_x ? block_x() % blocks : block_y();
+  const int64_t row = static_cast<int64_t>(rows_before) * down + thread() / across;
+  const int unit = static_cast<int>(units_before * across + thread() % across);
   return {static_cast<int>(block_z()), row, unit, row < rows && unit < units};
 }
 

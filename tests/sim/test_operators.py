@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from build_helpers import needs_compiler
+from layer_cases import assert_right
 from operators import BUILD, register, simulated
 from rnn_helpers import SEQUENCE_CELLS, assert_same_bits
 from simulator import Library
@@ -138,6 +139,15 @@ def test_the_math_mode_of_cublas_is_left_as_it_was(simulator: Library, cell: str
 def test_sizes_that_cublas_cannot_count(simulator: Library, sizes: tuple[int, int, int]) -> None:
     refusal = simulator.text("sim_refusal_of_product", *map(ctypes.c_int64, sizes))
     assert f"has {max(sizes)} rows or columns, cuBLAS counts up to 2^31 - 1" in refusal
+
+
+@every_cell
+def test_more_units_than_the_y_dimension_of_a_grid_has_blocks_for(cell: str) -> None:
+    """Of inputs there may be so many: here a grid is taken to end at one block."""
+    build = BUILD.patched("csrc/cuda/layer.cuh", "most_grid_y = 65535", "most_grid_y = 1")
+    with simulated(register(build.load())):
+        for recompute in (False, True):
+            assert_right(Case(cell, 2, 3, 5, 300, directions=2, resets=True, reset_state=True, recompute=recompute))
 
 
 def test_a_torch_without_a_function_that_is_needed() -> None:
