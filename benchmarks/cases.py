@@ -73,25 +73,29 @@ class Problem:
 
 
 def make_problem(case: Case, *, bidirectional: bool = False) -> Problem:
-    """The problem of ``case``; equal for equal cases."""
+    """The problem of ``case``; equal for equal cases. Drawn where it is wanted: a large one takes a CPU seconds."""
     torch.manual_seed(0)
     there = {"device": case.device, "dtype": DTYPES[case.dtype]}
     torch_nn, ours = (
-        getattr(library, case.op)(case.hidden, case.hidden, bidirectional=bidirectional).to(**there)
+        getattr(library, case.op)(case.hidden, case.hidden, bidirectional=bidirectional, device=case.device).to(**there)
         for library in (nn, hsm)
     )
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=case.device)
+
     ours.load_state_dict(torch_nn.state_dict())
     for module in (ours, torch_nn):
         module.train(case.kind == "training")
     directions = 2 if bidirectional else 1
-    h = torch.randn(directions, case.batch, case.hidden).tanh().to(**there)
+    h = draw(directions, case.batch, case.hidden).tanh().to(**there)
     return Problem(
         case=case,
         ours=ours,
         torch_nn=torch_nn,
-        input=torch.randn(case.length, case.batch, case.hidden).to(**there),
+        input=draw(case.length, case.batch, case.hidden).to(**there),
         state=(h, h.clone()) if case.op == "LSTM" else h,
-        output_gradient=torch.randn(case.length, case.batch, directions * case.hidden).to(**there),
+        output_gradient=draw(case.length, case.batch, directions * case.hidden).to(**there),
     )
 
 
