@@ -178,12 +178,11 @@ inline void poison(void* data, size_t bytes) {
 
 // Memory that torch got from the system is mapped page by page as it is written, which takes longer than many a kernel that writes
 // it. With huge pages, where the system grants them on request, it takes a tenth of the time.
-inline void ask_for_huge_pages(const Tensor& tensor) {
+inline void ask_for_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t huge = uintptr_t{1} << 21, worth_it = 2 * huge, page = 4096;
-  const uintptr_t bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
   if (bytes < worth_it) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), first = (begin + page - 1) / page * page;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = (begin + page - 1) / page * page;
   madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / page * page, MADV_HUGEPAGE);  // a refusal changes nothing
 #endif
 }
@@ -200,10 +199,11 @@ inline Tensor empty(const Shape& shape, int32_t dtype) {
   const auto strides = contiguous_strides(shape);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
-  ask_for_huge_pages(tensor);
-  poison(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
+  ask_for_huge_pages(tensor.mutable_data_ptr(), bytes);
+  poison(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 

@@ -1,6 +1,7 @@
 // Memory for a kernel of the CPU while it runs.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 
 #include "binding/tensors.h"
@@ -10,25 +11,21 @@ namespace binding {
 
 constexpr size_t workspace_alignment = 64;
 
-// A block of memory that a thread keeps from call to call: memory that goes back to the system after each call has to be mapped
-// again page by page, which takes a fifth of the time of a call of some hundred microseconds.
+// A block of memory that a thread keeps from call to call. What goes back to the system after each call has to be mapped again page by
+// page, which takes a fifth of the time of a call of some hundred microseconds, and up to a third where weights take megabytes.
 class KeptMemory {
  public:
-  static constexpr size_t most_bytes = size_t{4} << 20;
-
   KeptMemory() = default;
   KeptMemory(const KeptMemory&) = delete;
   KeptMemory& operator=(const KeptMemory&) = delete;
-  ~KeptMemory() { std::free(data_); }
+  ~KeptMemory() { release(); }
 
-  // Null if somebody has it, or if there is none.
+  // Null if somebody has it, or if all threads together would keep too much.
   void* take(size_t bytes) {
     if (taken_) return nullptr;
     if (bytes > bytes_) {
-      std::free(data_);
-      bytes_ = (bytes + workspace_alignment - 1) / workspace_alignment * workspace_alignment;
-      data_ = std::aligned_alloc(workspace_alignment, bytes_);
-      if (!data_) bytes_ = 0;
+      release();
+      reserve((bytes + workspace_alignment - 1) / workspace_alignment * workspace_alignment);
     }
     taken_ = data_ != nullptr;
     return data_;
@@ -36,12 +33,31 @@ class KeptMemory {
   void give_back() { taken_ = false; }
 
  private:
+  static constexpr size_t most_bytes = size_t{64} << 20;  // of all threads
+  static inline std::atomic<size_t> all_bytes{0};
+
+  void reserve(size_t bytes) {
+    if (all_bytes.fetch_add(bytes) + bytes <= most_bytes) data_ = std::aligned_alloc(workspace_alignment, bytes);
+    if (data_) {
+      bytes_ = bytes;
+      ask_for_huge_pages(data_, bytes);
+    } else {
+      all_bytes -= bytes;
+    }
+  }
+  void release() {
+    std::free(data_);
+    all_bytes -= bytes_;
+    data_ = nullptr;
+    bytes_ = 0;
+  }
+
   void* data_ = nullptr;
   size_t bytes_ = 0;
   bool taken_ = false;
 };
 
-// Aligned as kernels want it. Small ones lie on the stack, middling ones in what the thread keeps, others are torch's.
+// Aligned as kernels want it. Small ones lie on the stack, others in what the thread keeps, or else in memory of torch's.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) : data_(small_) {
@@ -63,7 +79,6 @@ class Workspace {
   bool take_kept(size_t bytes) {
     // Of a pass, and of a product within it.
     static thread_local KeptMemory memories[2];
-    if (bytes > KeptMemory::most_bytes) return false;
     for (KeptMemory& memory : memories) {
       void* data = memory.take(bytes);
       if (!data) continue;
