@@ -12,6 +12,7 @@ kernel in a CUDA graph, overlapping or not. Every kernel checks what it received
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ HERE = Path(__file__).parent
 SOURCE = HERE / "probes" / "probes.cu"
 FLAGS = ("-arch=sm_90a", "-std=c++17", "-O3", f"-I{HERE.parent / 'csrc'}")
 WORST_EXCHANGE, WORST_GATHER = 0.6, 1.3  # microseconds
+LONGEST_RUN = 300  # seconds: kernels that wait for each other wait for ever if something is wrong
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,10 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compile_program(path: Path) -> None:
     """Make the program with nvcc."""
-    nvcc = shutil.which("nvcc")
+    toolkit = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=toolkit / "bin")
     if nvcc is None:
         raise SystemExit(
-            "gpu_probes: nvcc is not on PATH; install the CUDA toolkit, or compile elsewhere and pass --program"
+            f"gpu_probes: nvcc is neither on PATH nor in {toolkit}; set CUDA_HOME to the CUDA toolkit, or compile "
+            "elsewhere and pass --program"
         )
     subprocess.run([nvcc, *FLAGS, str(SOURCE), "-o", str(path)], check=True)
 
@@ -61,7 +65,10 @@ def run(program: Path | None) -> dict[str, Any]:
         if program is None:
             program = Path(folder) / "probes"
             compile_program(program)
-        done = subprocess.run([str(program.absolute())], stdout=subprocess.PIPE, text=True)
+        try:
+            done = subprocess.run([str(program.absolute())], stdout=subprocess.PIPE, text=True, timeout=LONGEST_RUN)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"gpu_probes: the program was stopped after {LONGEST_RUN} s; a kernel hangs") from None
     if done.returncode:
         raise SystemExit(done.returncode)
     report: dict[str, Any] = json.loads(done.stdout)

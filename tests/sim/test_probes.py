@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -108,3 +110,33 @@ def test_prints_what_the_program_printed(tmp_path: Path) -> None:
     assert "grid variant" in done.stdout and "above 1.3" not in done.stdout
     assert done.returncode == 1 and "3 wrong_words" in done.stderr
     assert json.loads(out.read_text())["cluster_exchange"] == report["cluster_exchange"]
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_program_that_hangs_is_stopped(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that wait for each other may."""
+    probes = load("gpu_probes")
+    monkeypatch.setattr(probes, "LONGEST_RUN", 0.5)
+    with pytest.raises(SystemExit, match=r"stopped after 0\.5 s"):
+        probes.run(script(tmp_path / "probes", "exec sleep 60"))
+
+
+def test_nvcc_beside_path(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes = load("gpu_probes")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match="neither on PATH nor in"):
+        probes.compile_program(tmp_path / "probes")
+    script(tmp_path / "bin" / "nvcc", f'echo "$@" > {tmp_path}/called')
+    probes.compile_program(tmp_path / "probes")
+    assert (tmp_path / "called").read_text().split()[-2:] == ["-o", str(tmp_path / "probes")]
