@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu_timing
 import torch
 from bench_boundaries import complain_of_differences
 from bench_boundaries import measure_row as measure_boundary_row
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the stages; 1 if tests fail, a sanitizer finds something, a row fails or results disagree."""
     options = parse_options(arguments)
     if options.small_calls:
-        return small_calls("cuda" if torch.cuda.is_available() else "cpu", options.small_calls)
+        return small_calls(gpu_timing.device(), options.small_calls)
     mode = MODES["check" if options.check else "full"]
     if not options.check and not torch.cuda.is_available():
         raise SystemExit("gpu_check: torch sees no GPU; on a CPU only --check runs, which measures nothing of use")
@@ -186,7 +187,7 @@ def _driver_version() -> str | None:
 
 def build(mode: Mode) -> dict[str, Any]:
     """Which library is loaded, and which backend a call would use. Importing it has compiled it, if it had to."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = gpu_timing.device()
     info = hsm.build_info()
     rnn = hsm.LSTM(8, 8).to(device)
     plan = hsm.explain(rnn, torch.zeros(2, 1, 8, device=device))
@@ -201,7 +202,8 @@ def build(mode: Mode) -> dict[str, Any]:
 
 def _has_no_kernels(report: Report) -> bool:
     """Whether there is a GPU, and calls on it do not take its kernels: nothing is worth a measurement then."""
-    return torch.cuda.is_available() and report.stages["build"].get("backend", "cuda") != "cuda"
+    device = gpu_timing.device()
+    return torch.cuda.is_available() and report.stages["build"].get("backend", device) != device
 
 
 def tests(mode: Mode) -> dict[str, Any]:
@@ -292,8 +294,7 @@ def small_calls(device: str, seconds: float) -> int:
 
 def benchmark(report: Report, path: Path, mode: Mode, only: str, end: float) -> None:
     """Measure rows, the most important first, until the time is over."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = [case for case in _in_order(mode.sizes, device) if only in str(case)]
+    chosen = [case for case in _in_order(mode.sizes, gpu_timing.device()) if only in str(case)]
     if not chosen:
         raise SystemExit(f"gpu_check: --only {only!r} leaves no row")
     measured, saved = 0, time.monotonic()
@@ -305,7 +306,7 @@ def benchmark(report: Report, path: Path, mode: Mode, only: str, end: float) -> 
         measured += 1
         if _gpu_is_lost():
             break
-        if device == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if time.monotonic() - saved > SAVE_EVERY:
             report.save(path)

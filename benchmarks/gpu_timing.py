@@ -16,6 +16,11 @@ WARM_UP_CALLS = 2
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 
 
+def device() -> str:
+    """Where everything is measured; without a GPU the CPU, to see that everything works."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def measure(contenders: Sequence[Contender], threads: int, effort: Effort) -> dict[str, list[Measurement]]:
     """As :func:`timing.measure`, with one call in a block; on a CPU by the clock.
 
@@ -56,7 +61,8 @@ def _seconds(run: Callable[[], object]) -> float:
 
 @cache
 def _flush_buffer() -> Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    with torch.inference_mode(False):  # a tensor of inference mode could not be written to in training
+        return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device())
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:

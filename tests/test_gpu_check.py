@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +161,72 @@ def test_small_calls_end_in_time(load: Load, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+class Event:
+    """A CUDA event by the clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.time - self.time)
+
+
+@pytest.fixture
+def computing_gpu(load: Load, gpu: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Its tensors are on the CPU; counts what is asked of it."""
+    asked: dict[str, int] = defaultdict(int)
+
+    def count(name: str, result: Any = None) -> Any:
+        def call(*_: Any, **__: Any) -> Any:
+            asked[name] += 1
+            return result
+
+        return call
+
+    nothing = SimpleNamespace(wait_stream=count("wait_stream"), replay=count("replay"))
+    properties = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132)
+    results = {
+        "synchronize": None,
+        "empty_cache": None,
+        "get_device_properties": properties,
+        "Stream": nothing,
+        "current_stream": nothing,
+        "CUDAGraph": nothing,
+        "stream": nullcontext(),
+        "graph": nullcontext(),
+    }
+    for name, result in results.items():
+        monkeypatch.setattr(torch.cuda, name, count(name, result))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timing = load("gpu_timing")
+    monkeypatch.setattr(timing, "device", lambda: "cpu")
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 1024)
+    timing._flush_buffer.cache_clear()
+    return asked
+
+
+@pytest.mark.requires_library
+def test_every_row_runs_as_it_would_on_a_gpu(load: Load, computing_gpu: dict[str, int], tmp_path: Path) -> None:
+    """Events, a flushed cache, graphs of single steps, and no row that fails: inference and training in turns."""
+    path = tmp_path / "rows.json"
+    assert load("gpu_check").main(["--check", "--skip", "tests", "sanitizer", "--out", str(path)]) == 0
+    saved = json.loads(path.read_text())
+    assert saved["failed"] == {} and saved["not_measured"] == []
+    assert {row["case"]["sizes"]["kind"] for row in saved["rows"]} == {"step", "inference", "training"}
+    assert len(saved["rows"]) == 48 and len(saved["boundary_rows"]) == 8
+    assert saved["machine"]["device"] == "A GPU" and saved["machine"]["capability"] == "9.0"
+    steps = [row for row in saved["rows"] if row["case"]["sizes"]["kind"] == "step"]
+    assert computing_gpu["graph"] == computing_gpu["CUDAGraph"] == 2 * len(steps)
+    assert computing_gpu["replay"] >= 4 * len(steps)
+    load("gpu_timing")._flush_buffer.cache_clear()
 
 
 def test_tests_for_gpus_are_found(load: Load, gpu: None) -> None:
