@@ -208,7 +208,7 @@ def _has_no_kernels(report: Report) -> bool:
 
 def tests(mode: Mode) -> dict[str, Any]:
     """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_on_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "test_on_gpu.py"]
     if not torch.cuda.is_available():
         return {"skipped": "there is no GPU", "command": " ".join(command[1:])}
     status, output = _run(command, mode.tests_seconds)
@@ -244,12 +244,17 @@ def find_sanitizer() -> str | None:
 
 
 def _run(command: list[str], seconds: float, **variables: str) -> tuple[int | str, str]:
-    """The exit status of a command, or why it has none, and the end of what it printed."""
+    """The exit status of a command, or why it has none, and the end of what it printed.
+
+    It finds the package that this program has found: not its sources where it is installed.
+    """
+    given = os.environ.get("PYTHONPATH")
+    paths = [str(Path(hsm.__file__).resolve().parent.parent), *([given] if given else [])]
     try:
         done = subprocess.run(
             command,
-            cwd=ROOT,
-            env=os.environ | variables,
+            cwd=ROOT / "tests",
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables,
             timeout=seconds,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

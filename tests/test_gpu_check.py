@@ -138,6 +138,13 @@ def test_failed_stages_are_failures(
     assert check.judge(check.Report({}, {"tests": {"status": 0}, "sanitizer": {"skipped": ""}})) == 0
 
 
+def test_commands_find_the_package_that_is_tested(load: Load) -> None:
+    """Not the sources beside the tests, which would be compiled first."""
+    code = "import importlib.util; print(importlib.util.find_spec('hsm_kernels').origin)"
+    status, output = load("gpu_check")._run([sys.executable, "-c", code], 60)
+    assert (status, output.strip()) == (0, str(Path(hsm.__file__).resolve()))
+
+
 def test_a_command_that_does_not_end_is_stopped(load: Load) -> None:
     code = "import time; print('begun', flush=True); time.sleep(60)"
     status, output = load("gpu_check")._run([sys.executable, "-c", code], 3)
@@ -253,7 +260,7 @@ def test_sanitizers_get_their_options_and_the_small_calls(
         f'while [ "$1" != "{sys.executable}" ]; do shift; done\nexec "$@"',
     )
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(Path(hsm.__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", ".")  # as GPU.md says
     check = load("gpu_check")
     monkeypatch.setattr(check, "SMALL_CALLS_SHARE", 1e-7)
     found = check.sanitizer(replace(check.MODES["full"], sanitizer_seconds=600))
