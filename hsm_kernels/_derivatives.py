@@ -130,9 +130,9 @@ def weight_rows(grad_gates: Tensor, input_rows: int) -> tuple[Tensor, Tensor]:
     return torch.cat([r, z, input_n], dim=-1), torch.cat([r, z, hidden_n], dim=-1)
 
 
-def _matrix(grad: Tensor, x: Tensor, samples: int | None = None) -> Tensor:
+def _matrix(grad: Tensor, x: Tensor, samples: int = 1) -> Tensor:
     """The gradient of ``W`` in ``x @ W.T``."""
-    if samples is None:
+    if samples == 1:
         return grad.flatten(0, 1).mT @ x.flatten(0, 1)
     grad, x = (_by_sample(steps, samples).movedim(1, 0).flatten(1, 2) for steps in (grad, x))
     return grad.mT @ x
@@ -143,9 +143,9 @@ def _by_sample(steps: Tensor, samples: int) -> Tensor:
     return steps.reshape(steps.size(0), samples, steps.size(1) // samples, steps.size(2))
 
 
-def summed(grad: Tensor, samples: int | None = None) -> Tensor:
+def summed(grad: Tensor, samples: int = 1) -> Tensor:
     """``(L, N, X)`` summed over steps and sequences, the gradient of a bias."""
-    return grad.sum((0, 1)) if samples is None else _by_sample(grad, samples).sum((0, 2))
+    return grad.sum((0, 1)) if samples == 1 else _by_sample(grad, samples).sum((0, 2))
 
 
 def entering(layer: Layer) -> list[Tensor]:
@@ -165,12 +165,12 @@ def gradients(
     steps: Sequence[Tensor | None],
     last: Sequence[Tensor | None],
     needs_input: bool,
-    needs_weights: bool,
-    samples: int | None = None,
+    samples: int,
 ) -> tuple[Tensor | None, StateGradients, list[Weights] | None]:
     """Of the input, the states and the weights, from those of all states as :func:`state_gradients` takes them.
 
-    With ``samples``, for which there are equally many sequences each, in order, a weight has one gradient of each.
+    Those of the weights are of every sample, ``(samples, ..)``, where there are more than one, and left out where there
+    is none: each is equally many of the sequences, in order.
     """
     layer = layer._replace(input=without_padding(layer.input, layer.lengths))
     directions = layer.directions()
@@ -179,7 +179,7 @@ def gradients(
         part @ w.weight_ih for part, w in zip(states.of_input, layer.weights, strict=True) if needs_input
     ]
     at_input = sum(products[1:], products[0]) if needs_input else None
-    if not needs_weights:
+    if samples == 0:
         return at_input, states, None
     at_weights = []
     for d, run in enumerate(directions):

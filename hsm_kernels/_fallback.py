@@ -96,15 +96,14 @@ def backward(
     steps: tuple[Tensor | None, ...],
     last: tuple[Tensor | None, ...],
     needs_input: bool,
-    needs_weights: bool,
-    samples: int | None = None,
+    samples: int,
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...], tuple[Tensor, ...], list[Any]]:
     """Gradients of the input, of every step's h, of the initial and of the reset state, and those of the weights.
 
     See ``lstm_backward`` in ``_ops.py``; a state's gradients are one for LSTM's h and one for its c. ``samples``: see
     :func:`_derivatives.gradients`.
     """
-    at_input, states, weights = _derivatives.gradients(layer, steps, last, needs_input, needs_weights, samples)
+    at_input, states, weights = _derivatives.gradients(layer, steps, last, needs_input, samples)
     empty = layer.input.new_empty
     of_weights: list[Any] = [empty(0) for _ in range(6)]
     for d, w in enumerate(weights or ()):

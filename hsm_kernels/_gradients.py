@@ -81,8 +81,9 @@ class HiddenStates:
         reset_h: Tensor | None,
         lengths: Tensor | None,
     ) -> None:
-        self.by_direction = output.chunk(directions, dim=-1)
+        self.output = output
         self.h_0 = h_0
+        self.directions = directions
         self.reset_mask = reset_mask
         self.reset_h = reset_h
         self.lengths = lengths
@@ -99,7 +100,7 @@ class HiddenStates:
                 lengths=self.lengths,
                 reverse=d == 1,
             )
-            for d, states in enumerate(self.by_direction)
+            for d, states in enumerate(self.output.chunk(self.directions, dim=-1))
         ]
 
     @property

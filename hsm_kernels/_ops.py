@@ -10,6 +10,8 @@ each step, ``(D, L, N, Hout)``, must be given with ``reset_mask`` or ``lengths``
 the lengths. Backward operators return the gradients of the input and states, then for each direction those of
 ``weight_ih``, of ``weight_hh``, and of the pre-activations summed over steps and sequences, ``(4 * H,)``, in GRU r, z
 and the input and hidden half of n; with a projection also that of every step's ``h``, ``grad_h`` ``(L, N, D, Hout)``.
+``samples`` = 0 leaves the gradients of weights out, 1 sums them over all sequences, k > 1 over each of k equal parts of
+the sequences, in order: ``(k, ..)``; the CUDA kernels take no k > 1.
 ``product`` is ``a @ b``, by a kernel of our own where that is faster than torch's. ``detach_every`` = k says that
 ``detach_mask`` holds for every sequence at steps k, 2k, ..., which a GPU cannot know without reading the mask back; 0
 says nothing. ``allow_tf32`` allows TF32 in products of float32; the CPU has none.
@@ -53,7 +55,7 @@ _SCHEMAS = {
     "lstm_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_c_states, Tensor input, "
     "Tensor? h_0, Tensor? c_0, Tensor output, Tensor c_states, Tensor? gates, Tensor? entering, "
     f"{_weight_arguments(_LSTM_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_c, Tensor? detach_mask, Tensor? lengths, "
-    "int detach_every, bool allow_tf32, bool needs_input, bool needs_weights) -> "
+    "int detach_every, bool allow_tf32, bool needs_input, int samples) -> "
     "(Tensor grad_input, Tensor grad_h, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_reset_h, Tensor grad_reset_c, "
     f"{_WEIGHT_GRADIENTS})",
     "gru_forward": f"(Tensor input, Tensor? h_0, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, "
@@ -62,7 +64,7 @@ _SCHEMAS = {
     "(Tensor output, Tensor h_n, Tensor gates)",
     "gru_backward": "(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? h_0, Tensor output, Tensor? gates, "
     f"Tensor? entering, {_weight_arguments(_GRU_WEIGHTS)}, Tensor? reset_mask, Tensor? reset_h, Tensor? detach_mask, "
-    "Tensor? lengths, int detach_every, bool allow_tf32, bool needs_input, bool needs_weights) -> "
+    "Tensor? lengths, int detach_every, bool allow_tf32, bool needs_input, int samples) -> "
     f"(Tensor grad_input, Tensor grad_h_0, Tensor grad_reset_h, {_WEIGHT_GRADIENTS})",
     "product": "(Tensor a, Tensor b) -> Tensor",
 }
@@ -117,9 +119,8 @@ def _lstm_backward_fallback(
     gates: Tensor | None,
     entering: Any,
     *rest: Any,
-    samples: int | None = None,
 ) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_c, detach_mask, lengths, _, _, needs_input, needs_weights) = (
+    weights, (reset_mask, reset_c, detach_mask, lengths, _, _, needs_input, samples) = (
         _directions(rest[:10]),
         rest[10:],
     )
@@ -129,7 +130,7 @@ def _lstm_backward_fallback(
     )  # fmt: skip
     steps = (_by_direction(grad_output, len(weights)), grad_c_states)
     grad_input, grad_h, initial, resets, of_weights = _fallback.backward(
-        layer, steps, (grad_h_n, grad_c_n), needs_input, needs_weights, samples
+        layer, steps, (grad_h_n, grad_c_n), needs_input, samples
     )
     of_h = input.new_empty(0) if weights[0].weight_hr is None else torch.stack(grad_h, dim=2)
     return (grad_input, of_h, *initial, *resets, *of_weights)
@@ -144,9 +145,8 @@ def _gru_backward_fallback(
     gates: Tensor | None,
     entering: Any,
     *rest: Any,
-    samples: int | None = None,
 ) -> tuple[Tensor, ...]:
-    weights, (reset_mask, reset_h, detach_mask, lengths, _, _, needs_input, needs_weights) = (
+    weights, (reset_mask, reset_h, detach_mask, lengths, _, _, needs_input, samples) = (
         _directions(rest[:8]),
         rest[8:],
     )
@@ -156,14 +156,14 @@ def _gru_backward_fallback(
     )  # fmt: skip
     steps = (_by_direction(grad_output, len(weights)),)
     grad_input, _, initial, resets, of_weights = _fallback.backward(
-        layer, steps, (grad_h_n,), needs_input, needs_weights, samples
+        layer, steps, (grad_h_n,), needs_input, samples
     )
     return (grad_input, *initial, *resets, *of_weights)
 
 
 def _by_direction(output: Any, directions: int) -> Any:
     """``(L, N, D * Hout)`` as ``(L, N, D, Hout)``; None stays None."""
-    return None if output is None else output.unflatten(-1, (directions, -1))
+    return None if output is None else output.view(*output.shape[:2], directions, output.size(2) // directions)
 
 
 # --------------------------------------------------------------------------------------------------------- fake kernels
@@ -233,13 +233,13 @@ def _gru_backward_fake(
 
 
 def _products_fake(
-    input: Tensor, weights: list[Weights], hidden: int, needs_input: bool, needs_weights: bool
+    input: Tensor, weights: list[Weights], hidden: int, needs_input: bool, samples: int
 ) -> list[Tensor]:
     found = [input.new_empty(input.shape if needs_input else 0)]
     for d in range(2):
-        needed = needs_weights and d < len(weights)
-        shapes = (weights[d].weight_ih.shape, weights[d].weight_hh.shape, (4 * hidden,)) if needed else (0, 0, 0)
-        found += [input.new_empty(shape) for shape in shapes]
+        needed = samples > 0 and d < len(weights)
+        shapes = (weights[d].weight_ih.shape, weights[d].weight_hh.shape, (4 * hidden,)) if needed else ((0,),) * 3
+        found += [input.new_empty((samples, *shape) if needed and samples > 1 else shape) for shape in shapes]
     return found
 
 
@@ -287,7 +287,7 @@ def _lstm_gradients(
     grad_input, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c, *found = (
         _lstm_backward(
             *grads, input, h_0, c_0, output, c_states, gates, entering, *saved[3:13], reset_mask, reset_c, detach_mask,
-            lengths, *ctx.hints, needs[0], any(needs[3:13]), differentiable=torch.is_grad_enabled(),
+            lengths, *ctx.hints, needs[0], int(any(needs[3:13])), differentiable=torch.is_grad_enabled(),
         )
     )  # fmt: skip
     grad_weights: list[Tensor | None] = [None] * 10
@@ -324,7 +324,7 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
     gates, input, entering = _backward_operands(layer, output, gru_gates)
     grad_input, grad_h_0, grad_reset_h, *found = _gru_backward(
         *grads, input, h_0, output, gates, entering, *saved[2:10], reset_mask, reset_h, detach_mask, lengths,
-        *ctx.hints, needs[0], any(needs[2:10]), differentiable=torch.is_grad_enabled(),
+        *ctx.hints, needs[0], int(any(needs[2:10])), differentiable=torch.is_grad_enabled(),
     )  # fmt: skip
     hidden = weights[0].weight_hh.size(1)
     grad_weights: list[Tensor | None] = [None] * 8
@@ -408,8 +408,8 @@ def _step_by_step(
     steps = (_by_direction(steps[0], len(layer.weights)), *steps[1:])
     of_weights = range(1 + states, 1 + states + 2 * per_direction)
     needs = ctx.needs_input_grad
-    needs_weights = any(needs[k] for k in of_weights)
-    at_input, at_states, at_weights = _derivatives.gradients(layer, steps, last, needs[0], needs_weights)
+    samples = int(any(needs[k] for k in of_weights))
+    at_input, at_states, at_weights = _derivatives.gradients(layer, steps, last, needs[0], samples)
     flat = [grad for w in at_weights or () for grad in w[:per_direction]]
     flat += [None] * (2 * per_direction - len(flat))
     resets = at_states.reset or (None,) * states

@@ -65,11 +65,6 @@ def _one_by_one(
     return results, (0,) * len(results)
 
 
-def _is_large(weight_hh: Tensor, gates: Tensor | None) -> bool:
-    """Whether a slice is better off by itself on the CPU, where the kernel's products are fast if they are large."""
-    return weight_hh.device.type == "cpu" and gates is not None and gates.size(0) * weight_hh.numel() >= 1 << 21
-
-
 def batched_backward(
     fallback: Callable[..., tuple[Tensor, ...]],
     weights: range,
@@ -81,26 +76,24 @@ def batched_backward(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The vmap rule of a backward operator; ``entering`` is the position of ``(D, L, N, Hout)``.
 
-    The last argument is ``needs_weights``. Gradients of weights that are the same for all slices are products for each
-    slice over the gradients of all gates, which no operator returns: the fallback does.
+    Where weights are the same for all slices, each slice is a sample, or as many samples as it had.
     """
-    of_each = any(in_dims[k] is not None for k in weights)
-    gates = arguments[entering - 1]
-    if gates is not None and in_dims[entering - 1] is not None:
-        gates = gates.select(in_dims[entering - 1], 0)
-    if of_each or (arguments[-1] and _is_large(arguments[weights.start + 1], gates)):
-        return _one_by_one(call, info.batch_size, in_dims, arguments)
-    joined = [
+    size = info.batch_size
+    if any(in_dims[k] is not None for k in weights):
+        return _one_by_one(call, size, in_dims, arguments)
+    *operands, samples = (
         argument
         if k in weights or not isinstance(argument, Tensor)
-        else _join(argument, dim, info.batch_size, k == entering)
+        else _join(argument, dim, size, k == entering)
         for k, (argument, dim) in enumerate(zip(arguments, in_dims, strict=True))
-    ]
-    of_weights = 6
-    results = fallback(*joined, samples=info.batch_size) if arguments[-1] else call(*joined)
-    states, at_weights = results[:-of_weights], results[-of_weights:]
-    split = [_split(result, info.batch_size) for result in states]
-    at_weights = tuple(
-        grad if arguments[-1] and grad.numel() else grad.new_empty(info.batch_size, 0) for grad in at_weights
     )
-    return (*split, *at_weights), (*(_dim(result) for result in states), *(0,) * of_weights)
+    takes_samples = samples == 0 or operands[weights.start].device.type == "cpu"
+    results = (call if takes_samples else fallback)(*operands, size * samples)
+    of_weights = 6
+    states = [_split(result, size) for result in results[:-of_weights]]
+    inner = (samples,) if samples > 1 else ()
+    at_weights = [
+        grad.view(size, *inner, *grad.shape[size * samples > 1 :]) if grad.numel() else grad.new_empty(size, 0)
+        for grad in results[-of_weights:]
+    ]
+    return (*states, *at_weights), (*(_dim(result) for result in results[:-of_weights]), *(0,) * of_weights)

@@ -21,6 +21,7 @@ class _RNN(nn.RNNBase):
 
     weight_dtype: torch.dtype | None = None  #: of the weight matrices, if it is not the dtype of biases and states
 
+    _is_replica = False  #: DataParallel sets it in the copies that it makes
     _function: Any  #: what runs the layers: functional.lstm or functional.gru
     _plain: Any  #: what runs one layer of a plain call: _plain.lstm or _plain.gru
 
@@ -140,7 +141,7 @@ class _RNN(nn.RNNBase):
     def _run(self, input: Any, hx: Any, options: dict[str, Any]) -> Any:
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, options)
-        if hx is not None and getattr(self, "_is_replica", False):
+        if hx is not None and self._is_replica:
             self._refuse_scattered(hx)
         weights = self._weights()
         if input.dim() in (2, 3):  # the other cases have their message in the function

@@ -504,7 +504,48 @@ def backward_arguments(case: Case) -> tuple[Any, ...]:
         grads = [torch.randn_like(t) for t in (output, h_n)]
         kept, boundaries = (output,), (case.reset_mask, reset[0], case.detach_mask, case.length)
     hints = (case.detach_every, False)
-    return (*grads, input, *state, *kept, gates, entering, *weights, *boundaries, *hints, True, True)
+    return (*grads, input, *state, *kept, gates, entering, *weights, *boundaries, *hints, True, 1)
+
+
+SAMPLES: dict[str, dict[str, Any]] = {
+    **FLAGS,
+    "rows enough for a product of our own": {"hidden": 50, "steps": 3},
+    "no steps": {"steps": 0},
+    "one step": {"steps": 1, "resets": True},
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("samples", [2, 8])
+@pytest.mark.parametrize("flags", SAMPLES)
+@pytest.mark.parametrize("cell, proj_size", [("LSTM", 0), ("LSTM", 3), ("GRU", 0)])
+def test_gradients_of_samples(poisoned_memory: None, cell: str, proj_size: int, flags: str, samples: int) -> None:
+    """Of each sample as of a call with its sequences alone."""
+    case = Case(cell, batch=8, proj_size=proj_size, **SAMPLES[flags])
+    op, *arguments, _ = getattr(OPS, f"{cell.lower()}_backward").default, *backward_arguments(case)
+    of_weights = 6
+    found, together = op(*arguments, samples), op(*arguments, 1)
+    torch.testing.assert_close(found[:-of_weights], together[:-of_weights])
+    for k in range(samples):
+        alone = [sequences_of(argument, samples, k, case) for argument in arguments]
+        wanted = op(*alone, 1)[-of_weights:]
+        torch.testing.assert_close([grad[k] if grad.numel() else grad for grad in found[-of_weights:]], [*wanted])
+    torch.library.opcheck(op, (*arguments, samples))
+
+
+def sequences_of(argument: Any, samples: int, k: int, case: Case) -> Any:
+    """What sample ``k`` has of an operator's argument."""
+    if not isinstance(argument, Tensor) or case.batch not in argument.shape:
+        return argument
+    return argument.chunk(samples, dim=argument.shape.index(case.batch))[k]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("samples", [4, -1])
+def test_samples_that_are_no_part_of_the_batch(samples: int) -> None:
+    *arguments, _ = backward_arguments(Case("GRU", batch=6))
+    with pytest.raises(RuntimeError):
+        OPS.gru_backward(*arguments, samples)
 
 
 SHAPES = [(0, 3, 2), (70, 0, 2), (70, 3, 0), (1, 1, 1), (7, 300, 65), (130, 5, 200), (64, 1025, 33), (71, 520, 65)]

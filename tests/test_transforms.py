@@ -95,6 +95,12 @@ PROGRAMS: dict[str, Callable[[Problem], Any]] = {
         lambda x, dx: jvp(f.of_input, (x,), (dx,))
     )(two(f.x), two(f.x).cos()),
     "vmap(grad) of samples": lambda f: vmap(grad(f.loss, EVERY), OF_X)(f.weights, two(f.x), f.hx, f.reset_hx),
+    "vmap(vmap(grad)) of samples": lambda f: vmap(vmap(grad(f.loss, EVERY), OF_X), OF_X)(
+        f.weights, two(two(f.x)), f.hx, f.reset_hx
+    ),
+    "vmap(vmap(grad)) of samples and models": lambda f: vmap(vmap(grad(f.loss, EVERY), OF_X), OF_WEIGHTS)(
+        two(f.weights), two(f.x), f.hx, f.reset_hx
+    ),
     "vmap(grad) of models": lambda f: vmap(grad(f.loss, EVERY), OF_WEIGHTS)(two(f.weights), f.x, f.hx, f.reset_hx),
     "vmap(jvp(grad))": lambda f: vmap(
         lambda x: jvp(grad(f.loss, EVERY), (f.weights, x, f.hx, f.reset_hx), f.tangents)
@@ -234,9 +240,8 @@ def test_batched_gradients_of_one_graph(no_reference_by_itself: None, cell: str)
 
 
 @sequence_cells
-@pytest.mark.parametrize("sizes", [(2, 3, 5, 2), (3, 72, 96, 1)], ids=["in one", "one by one"])
+@pytest.mark.parametrize("sizes", [(2, 3, 5, 2), (3, 72, 96, 1), (1, 4, 5, 1)], ids=["small", "large", "one sample"])
 def test_per_sample_gradients(no_reference_by_itself: None, cell: str, sizes: tuple[int, ...]) -> None:
-    """Small samples share their products, large ones have their own."""
     samples, length, hidden, batch = sizes
     rnn = getattr(hsm, cell)(hidden, hidden, dtype=FLOAT)
     weights = {name: weight.detach() for name, weight in rnn.named_parameters()}

@@ -18,12 +18,14 @@ class BackwardPass {
 
   LayerGradients run() {
     const int64_t chunk = chunk_steps(), all_rounds = p_.schedule.rounds + 1;
+    const int64_t gates = 4 * int64_t{z_.hidden};
+    const Tensor memory = empty(t_.input, {z_.directions, chunk, z_.batch, gates});
     for (int d = 0; d < z_.directions; ++d) {
-      grad_gates_.push_back(empty(t_.input, {chunk * z_.batch, 4 * int64_t{z_.hidden}}));
-      p_.grad_gates[d] = grad_gates_[d].mutable_data_ptr();
+      gates_.push_back(matrix_in(z_.dtype, memory, d * chunk * z_.batch * gates, chunk * z_.batch, gates));
+      p_.grad_gates[d] = gates_[d].data;
     }
     // Both directions add to the gradient of the input.
-    if (t_.needs_input && z_.directions == 2) torch::stable::zero_(results_.input);
+    if (t_.needs_input && z_.directions == 2) clear(rows_of(results_.input, {0, z_.steps}));
     const cpu::Threads pool = threads();
     const Workspace workspace(cpu::kernels().backward_workspace(p_, pool));
     for (int64_t begin = 0; begin == 0 || begin < z_.steps; begin += std::max<int64_t>(chunk, 1)) {
@@ -47,31 +49,33 @@ class BackwardPass {
     int64_t count() const { return end - begin; }
   };
 
-
-  // All steps, unless every sequence is at the same step in every round and our own products take the chunks.
+  // All steps, unless every sequence is at the same step in every round and our own products take the chunks: of all samples together.
   int64_t chunk_steps() const {
     // A slot for each sequence and a round for each step: no sequence is shorter, and none is cut up and dealt out of its order.
     const bool in_step = !p_.boundaries.lengths && p_.schedule.slots == z_.batch && p_.schedule.rounds == z_.steps;
-    if (!in_step || z_.steps == 0 || z_.batch == 0) return z_.steps;
+    if (!in_step || z_.steps == 0 || z_.batch == 0 || t_.samples > 1) return z_.steps;
     constexpr int64_t bytes = 1 << 20, fewest_rows = 192;  // what a chunk may take of the cache; what a product needs to be fast
-    const int64_t row_bytes = 4 * int64_t{z_.hidden} * (z_.dtype == ScalarKind::float64 ? 8 : 4);
+    const int64_t row_bytes = 4 * int64_t{z_.hidden} * element_bytes(z_.dtype);
     const int64_t rows = std::max(bytes / row_bytes, fewest_rows) * threads().count, steps = std::max<int64_t>(1, rows / z_.batch);
-    const bool own = takes_own_product(t_.input.scalar_type(), std::min(rows, gate_columns(z_)), std::min(t_.input.size(2), int64_t{z_.hidden_out}));
+    const bool own = takes_own_product(z_.dtype, std::min(rows, gate_columns(z_)), std::min(t_.input.size(2), int64_t{z_.hidden_out}));
     if (!own) return z_.steps;
     const int64_t chunks = (z_.steps + steps - 1) / steps;  // of equal size: a short one would be slow
     return (z_.steps + chunks - 1) / chunks;
   }
 
-  // Some steps of an (L, N, X) tensor as (steps * N, X).
-  Tensor rows_of(const Tensor& tensor, const Steps& steps) const {
-    Tensor flat = torch::stable::view(tensor, {z_.steps * z_.batch, tensor.size(2)});
-    return torch::stable::narrow(flat, 0, steps.begin * z_.batch, steps.count() * z_.batch);
+  // Some steps of a contiguous (L, N, X) tensor as (steps * N, X).
+  Matrix rows_of(const Tensor& tensor, const Steps& steps) const {
+    const int64_t columns = tensor.size(2);
+    return matrix_in(z_.dtype, tensor, steps.begin * z_.batch * columns, steps.count() * z_.batch, columns);
   }
 
   // The gradients of some gates at some of the chunk's steps.
-  Tensor grad_gates(int d, const Steps& steps, int64_t first, int64_t count) {
-    Tensor rows = torch::stable::narrow(grad_gates_[d], 0, (steps.begin - steps_[d].begin) * z_.batch, steps.count() * z_.batch);
-    return torch::stable::narrow(rows, 1, first, count);
+  Matrix grad_gates(int d, const Steps& steps, int64_t first, int64_t count) const {
+    return gates_[d].row_range((steps.begin - steps_[d].begin) * z_.batch, steps.count() * z_.batch).column_range(first, count);
+  }
+
+  static void clear(const Matrix& rows) {
+    for (int64_t r = 0; r < rows.rows; ++r) std::memset(rows.row_range(r, 1).data, 0, rows.columns * element_bytes(rows.dtype));
   }
 
   // The pre-activations of the chunk's gates, without bias, from the state that entered each step, as BackwardParams::recompute wants
@@ -79,16 +83,13 @@ class BackwardPass {
   void project_again(int d) {
     const Steps& steps = steps_[d];
     const int64_t hidden = z_.hidden;
-    own_product(rows_of(t_.input, steps), torch::stable::transpose(t_.weight_ih[d], 0, 1), grad_gates(d, steps, 0, gate_columns(z_)), false);
+    own_product(rows_of(t_.input, steps), weight(t_.weight_ih[d]).transposed(), grad_gates(d, steps, 0, gate_columns(z_)), false);
     const auto multiply = [&](int64_t first, int64_t count, int64_t column, bool add) {
-      const Tensor w = torch::stable::transpose(torch::stable::narrow(t_.weight_hh[d], 0, first, count), 0, 1);
-      for_each_entering(d, [&](const Tensor& states, const Steps& part) {
+      const Matrix w = weight(t_.weight_hh[d]).row_range(first, count).transposed();
+      for_each_entering(d, [&](const Matrix& states, const Steps& part) {
         own_product(states, w, grad_gates(d, part, column, count), add);
       });
-      const Steps start = starts_from_zero(d);
-      if (add || start.count() == 0) return;
-      Tensor from_zero = grad_gates(d, start, column, count);
-      torch::stable::zero_(from_zero);
+      if (!add) clear(grad_gates(d, starts_from_zero(d), column, count));
     };
     if (z_.cell == CellKind::lstm) {
       multiply(0, 4 * hidden, 0, true);
@@ -98,67 +99,100 @@ class BackwardPass {
     }
   }
 
+  Matrix weight(const Tensor& tensor) const { return matrix_in(z_.dtype, tensor, 0, tensor.size(0), tensor.size(1)); }
+
   // The step of the chunk, if it has one, that a direction entered from its initial state.
   Steps first_step(int d) const {
     const int64_t t = d ? z_.steps - 1 : 0;
-    return t >= steps_[d].begin && t < steps_[d].end ? Steps{t, t + 1} : Steps{0, 0};
+    return t >= steps_[d].begin && t < steps_[d].end ? Steps{t, t + 1} : Steps{steps_[d].begin, steps_[d].begin};
   }
-  Steps starts_from_zero(int d) const { return t_.entering || t_.h_0 ? Steps{0, 0} : first_step(d); }
+  Steps starts_from_zero(int d) const {
+    return t_.entering || t_.h_0 ? Steps{steps_[d].begin, steps_[d].begin} : first_step(d);
+  }
 
   // Calls visit(states, steps) with the states that entered the chunk's steps, in pieces that cover all steps but those that were
   // entered from zero.
   template <class Visit>
-  void for_each_entering(int d, Visit visit) {
+  void for_each_entering(int d, Visit visit) const {
+    const int64_t out = z_.hidden_out;
     if (steps_[d].count() == 0) return;
-    if (t_.entering) return visit(rows_of(torch::stable::select(*t_.entering, 0, d), steps_[d]), steps_[d]);
+    if (t_.entering) {
+      const int64_t first_row = (d * z_.steps + steps_[d].begin) * z_.batch;
+      return visit(matrix_in(z_.dtype, *t_.entering, first_row * out, steps_[d].count() * z_.batch, out), steps_[d]);
+    }
     const Steps first = first_step(d);
-    if (first.count() > 0 && t_.h_0) visit(torch::stable::select(*t_.h_0, 0, d), first);
+    if (first.count() > 0 && t_.h_0) visit(matrix_in(z_.dtype, *t_.h_0, d * z_.batch * out, z_.batch, out), first);
     Steps others = steps_[d];
     if (first.count() > 0) (d ? others.end : others.begin) += d ? -1 : 1;
     if (others.count() == 0) return;
     const int64_t shift = d ? 1 : -1;
-    Tensor states = rows_of(t_.output, {others.begin + shift, others.end + shift});
-    visit(torch::stable::narrow(states, 1, d * z_.hidden_out, z_.hidden_out), others);
+    visit(rows_of(t_.output, {others.begin + shift, others.end + shift}).column_range(d * out, out), others);
   }
 
   // What the chunk adds to the results of one direction; `first`: of all chunks.
-  void add_gradients(int d, bool first) {
+  void add_gradients(int d, bool first) const {
     const Steps& steps = steps_[d];
-    const int64_t hidden = z_.hidden;
-    const Tensor projected = grad_gates(d, steps, 0, gate_columns(z_));
-    if (t_.needs_input) multiply_into(projected, t_.weight_ih[d], rows_of(results_.input, steps), z_.directions == 2);
-    if (!t_.needs_weights) return;
-    multiply_into(torch::stable::transpose(projected, 0, 1), rows_of(t_.input, steps), results_.weight_ih[d], !first);
-    if (z_.cell == CellKind::lstm) {
-      add_hidden(d, 0, 4 * hidden, 0, first);
-    } else {
-      add_hidden(d, 0, 2 * hidden, 0, first);
-      add_hidden(d, 2 * hidden, hidden, 3 * hidden, first);
+    const Matrix projected = grad_gates(d, steps, 0, gate_columns(z_));
+    if (t_.needs_input) multiply_into(projected, weight(t_.weight_ih[d]), rows_of(results_.input, steps), z_.directions == 2);
+    for (int64_t s = 0; s < t_.samples; ++s) {
+      const int64_t own = z_.batch / t_.samples;
+      if (own == z_.batch) add_weights(d, {0, own, s, first});
+      for (int64_t n = 0; own < z_.batch && n < own; ++n) add_weights(d, {s * own + n, 1, s, first && n == 0});
     }
-    add_bias(d, first);
+  }
+
+  // Sequences whose steps a product sums over: all, or one of a sample.
+  struct Summands {
+    int64_t sequence, count, sample;
+    bool first;  // of the sample's
+
+    // Their rows among those of all sequences, step by step.
+    Matrix among(const Matrix& rows, int64_t batch) const {
+      if (count == batch) return rows;
+      Matrix own = rows.row_range(sequence, rows.rows / batch);
+      own.row_stride *= batch;
+      return own;
+    }
+  };
+
+  void add_weights(int d, const Summands& of) const {
+    const int64_t hidden = z_.hidden;
+    const Matrix gates = of.among(grad_gates(d, steps_[d], 0, 4 * hidden), z_.batch);
+    const Matrix input = of.among(rows_of(t_.input, steps_[d]), z_.batch);
+    const Matrix weight_ih = sum(results_.weight_ih[d], of, gate_columns(z_), t_.input.size(2));
+    multiply_into(gates.column_range(0, gate_columns(z_)).transposed(), input, weight_ih, !of.first);
+    const Matrix weight_hh = sum(results_.weight_hh[d], of, gate_columns(z_), z_.hidden_out);
+    if (z_.cell == CellKind::lstm) {
+      add_hidden(d, of, weight_hh, 0);
+    } else {
+      add_hidden(d, of, weight_hh.row_range(0, 2 * hidden), 0);
+      add_hidden(d, of, weight_hh.row_range(2 * hidden, hidden), 3 * hidden);
+    }
+    add_bias(gates, sum(results_.bias[d], of, 1, 4 * hidden), of.first);
+  }
+
+  // What is summed for a sample.
+  Matrix sum(const Tensor& result, const Summands& of, int64_t rows, int64_t columns) const {
+    return matrix_in(z_.dtype, result, of.sample * rows * columns, rows, columns);
   }
 
   // Rows of the gradient of W_hh from the gates' gradients at `column`.
-  void add_hidden(int d, int64_t row, int64_t rows, int64_t column, bool first) {
-    const Tensor result = torch::stable::narrow(results_.weight_hh[d], 0, row, rows);
-    bool add = !first;
-    for_each_entering(d, [&](const Tensor& states, const Steps& part) {
-      multiply_into(torch::stable::transpose(grad_gates(d, part, column, rows), 0, 1), states, result, add);
+  void add_hidden(int d, const Summands& of, const Matrix& result, int64_t column) const {
+    bool add = !of.first;
+    for_each_entering(d, [&](const Matrix& states, const Steps& part) {
+      const Matrix gates = of.among(grad_gates(d, part, column, result.rows), z_.batch);
+      multiply_into(gates.transposed(), of.among(states, z_.batch), result, add);
       add = true;
     });
-    if (!add) {
-      Tensor zero = result;
-      torch::stable::zero_(zero);
-    }
+    if (!add) clear(result);
   }
 
-  void add_bias(int d, bool first) {
-    const Tensor& gates = grad_gates_[d];
+  static void add_bias(const Matrix& gates, const Matrix& result, bool first) {
     RowSumParams p{};
-    p.dtype = z_.dtype;
-    p.rows = steps_[d].count() * z_.batch, p.columns = gates.size(1), p.row_stride = gates.size(1);
-    p.matrix = gates.const_data_ptr();
-    p.sums = results_.bias[d].mutable_data_ptr();
+    p.dtype = gates.dtype;
+    p.rows = gates.rows, p.columns = gates.columns, p.row_stride = gates.row_stride;
+    p.matrix = gates.data;
+    p.sums = result.data;
     p.add = !first;
     cpu::kernels().row_sum(p);
   }
@@ -166,8 +200,8 @@ class BackwardPass {
   BackwardParams& p_;
   const Sizes& z_;
   BackwardTensors t_;
-  std::vector<Tensor> grad_gates_;  // of each direction, (steps of a chunk * N, 4 * H)
-  Steps steps_[max_directions];     // of the chunk at hand
+  std::vector<Matrix> gates_;    // their gradients, of each direction: (steps of a chunk * N, 4 * H)
+  Steps steps_[max_directions];  // of the chunk at hand
   LayerGradients results_;
 };
 

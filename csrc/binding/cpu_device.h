@@ -25,7 +25,7 @@ class CpuDevice {
   }
 
   LayerGradients backward(BackwardParams& p, const BackwardTensors& tensors) const {
-    STD_TORCH_CHECK(!p.recompute || has_product(tensors.input.scalar_type()), op_, ": gates must be given but for float32 and float64");
+    STD_TORCH_CHECK(!p.recompute || has_product(p.sizes.dtype), op_, ": gates must be given but for float32 and float64");
     const cpu::Plan plan(p.sizes, p.boundaries, true);
     p.schedule = plan.schedule();
     return BackwardPass(p, tensors, empty_gradients(*this, p.sizes, tensors)).run();

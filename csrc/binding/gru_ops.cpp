@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     MaybeTensor grad_output, MaybeTensor grad_h_n, Tensor input, MaybeTensor h_0, Tensor output, MaybeTensor gates, MaybeTensor entering,
     Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih, MaybeTensor bias_hh, MaybeTensor weight_ih_reverse,
     MaybeTensor weight_hh_reverse, MaybeTensor bias_ih_reverse, MaybeTensor bias_hh_reverse, MaybeTensor reset_mask,
-    MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths, int64_t detach_every, bool allow_tf32, bool needs_input, bool needs_weights) {
+    MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths, int64_t detach_every, bool allow_tf32, bool needs_input, int64_t samples) {
   const char* op = "gru_backward";
   STD_TORCH_CHECK(output.dim() == 3, op, ": output must have shape (L, N, D * H), got ", text(shape_of(output)));
   const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, {}},
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor grad_h_0 = device.empty(h_shape), grad_reset_h = device.empty(reset_h ? h_shape : Shape{0});
   p.grad_h_0 = grad_h_0.mutable_data_ptr();
   p.grad_reset_h = reset_h ? grad_reset_h.mutable_data_ptr() : nullptr;
-  const BackwardTensors tensors = backward_tensors(op, z, p.boundaries, input, output, h_0, entering, directions, needs_input, needs_weights);
+  const BackwardTensors tensors = backward_tensors(op, z, p.boundaries, input, output, h_0, entering, directions, needs_input, samples);
   const LayerGradients g = device.backward(p, tensors);
   return {g.input, grad_h_0, grad_reset_h, g.weight_ih[0], g.weight_hh[0], g.bias[0], g.weight_ih[1], g.weight_hh[1], g.bias[1]};
 }

@@ -78,20 +78,22 @@ struct BackwardTensors {
   // sequences have all steps; elsewhere `entering` (D, L, N, Hout) does.
   MaybeTensor h_0, entering;
   std::vector<Tensor> weight_ih, weight_hh;
-  bool needs_input, needs_weights;
+  bool needs_input;
+  int64_t samples;  // see hsm_kernels/_ops.py
 };
 
 inline BackwardTensors backward_tensors(const char* op, const Sizes& z, const Boundaries& boundaries, const Tensor& input, const Tensor& output,
                                         const MaybeTensor& h_0, const MaybeTensor& entering, const std::vector<DirectionTensors>& directions,
-                                        bool needs_input, bool needs_weights) {
+                                        bool needs_input, int64_t samples) {
   const Tensor& like = *directions[0].weight_hh;
   check_type(op, "output", output, like.scalar_type(), like);
   check_type(op, "input", input, like.scalar_type(), like);
   check_shape(op, "input", input, {z.steps, z.batch, input.size(2)});
   check_shape(op, "output", output, {z.steps, z.batch, z.directions * int64_t{z.hidden_out}});
+  STD_TORCH_CHECK(samples >= 0 && (samples == 0 || z.batch % samples == 0), op, ": samples must be a divisor of N = ", z.batch, ", got ", samples);
   STD_TORCH_CHECK(entering || !(boundaries.reset_mask || boundaries.lengths), op, ": entering must be given with reset_mask or lengths");
   BackwardTensors tensors{contiguous(op, "input", input), contiguous(op, "output", output)};
-  tensors.needs_input = needs_input, tensors.needs_weights = needs_weights;
+  tensors.needs_input = needs_input, tensors.samples = samples;
   if (h_0) tensors.h_0 = contiguous(op, "h_0", *h_0);
   if (entering) {
     check_type(op, "entering", *entering, like.scalar_type(), like);
@@ -109,6 +111,7 @@ inline BackwardTensors backward_tensors(const char* op, const Sizes& z, const Bo
 
 struct LayerGradients {
   Tensor input;
+  // Of each sample, where there are more than one.
   Tensor weight_ih[max_directions], weight_hh[max_directions];
   Tensor bias[max_directions];  // (4 * H,): of the parts of grad_gates, summed
 };
@@ -120,10 +123,13 @@ LayerGradients empty_gradients(const Device& device, const Sizes& z, const Backw
   LayerGradients gradients;
   gradients.input = device.empty(tensors.needs_input ? Shape{z.steps, z.batch, inputs} : Shape{0});
   for (int d = 0; d < max_directions; ++d) {
-    const bool needed = tensors.needs_weights && d < z.directions;
-    gradients.weight_ih[d] = device.empty(needed ? Shape{gates, inputs} : Shape{0});
-    gradients.weight_hh[d] = device.empty(needed ? Shape{gates, z.hidden_out} : Shape{0});
-    gradients.bias[d] = device.empty(needed ? Shape{4 * int64_t{z.hidden}} : Shape{0});
+    const auto of_samples = [&](const Shape& shape) {
+      if (tensors.samples == 0 || d >= z.directions) return device.empty({0});
+      return device.empty(tensors.samples == 1 ? shape : shape.behind(tensors.samples));
+    };
+    gradients.weight_ih[d] = of_samples({gates, inputs});
+    gradients.weight_hh[d] = of_samples({gates, z.hidden_out});
+    gradients.bias[d] = of_samples({4 * int64_t{z.hidden}});
   }
   return gradients;
 }

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     MaybeTensor c_0, Tensor output, Tensor c_states, MaybeTensor gates, MaybeTensor entering, Tensor weight_ih, Tensor weight_hh,
     MaybeTensor bias_ih, MaybeTensor bias_hh, MaybeTensor weight_hr, MaybeTensor weight_ih_reverse, MaybeTensor weight_hh_reverse,
     MaybeTensor bias_ih_reverse, MaybeTensor bias_hh_reverse, MaybeTensor weight_hr_reverse, MaybeTensor reset_mask,
-    MaybeTensor reset_c, MaybeTensor detach_mask, MaybeTensor lengths, int64_t detach_every, bool allow_tf32, bool needs_input, bool needs_weights) {
+    MaybeTensor reset_c, MaybeTensor detach_mask, MaybeTensor lengths, int64_t detach_every, bool allow_tf32, bool needs_input, int64_t samples) {
   const char* op = "lstm_backward";
   STD_TORCH_CHECK(c_states.dim() == 4, op, ": c_states must have shape (L, N, D, H), got ", text(shape_of(c_states)));
   const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, weight_hr},
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.grad_c_0 = grad_c_0.mutable_data_ptr();
   p.grad_reset_h = resets ? grad_reset_h.mutable_data_ptr() : nullptr;
   p.grad_reset_c = resets ? grad_reset_c.mutable_data_ptr() : nullptr;
-  const BackwardTensors tensors = backward_tensors(op, z, p.boundaries, input, output, h_0, entering, directions, needs_input, needs_weights);
+  const BackwardTensors tensors = backward_tensors(op, z, p.boundaries, input, output, h_0, entering, directions, needs_input, samples);
   const LayerGradients g = device.backward(p, tensors);
   return {g.input,        grad_h,         grad_h_0,  grad_c_0,       grad_reset_h,   grad_reset_c,
           g.weight_ih[0], g.weight_hh[0], g.bias[0], g.weight_ih[1], g.weight_hh[1], g.bias[1]};

@@ -1,4 +1,4 @@
-// Products of whole tensors: by the kernel, or by torch.
+// Products of matrices: by the kernel, or by torch.
 #pragma once
 
 #include "binding/workspace.h"
@@ -6,36 +6,61 @@
 namespace hsm {
 namespace binding {
 
-inline bool has_product(ScalarType type) { return type == ScalarType::Float || type == ScalarType::Double; }
+// A matrix in the memory of a tensor. Strides count elements.
+struct Matrix {
+  ScalarKind dtype;
+  char* data;
+  int64_t rows, columns, row_stride, column_stride;
 
-inline bool has_unit_stride(const Tensor& matrix) { return matrix.stride(0) == 1 || matrix.stride(1) == 1; }
+  Matrix row_range(int64_t first, int64_t count) const {
+    return {dtype, data + first * row_stride * element_bytes(dtype), count, columns, row_stride, column_stride};
+  }
+  Matrix column_range(int64_t first, int64_t count) const { return transposed().row_range(first, count).transposed(); }
+  Matrix transposed() const { return {dtype, data, columns, rows, column_stride, row_stride}; }
+  bool has_unit_stride() const { return row_stride == 1 || column_stride == 1; }
+};
+
+// Rows of a contiguous tensor, from element `offset` on. What a product only reads is not written.
+inline Matrix matrix_in(ScalarKind dtype, const Tensor& tensor, int64_t offset, int64_t rows, int64_t columns) {
+  char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+  return {dtype, data + offset * element_bytes(dtype), rows, columns, columns, 1};
+}
+
+inline Tensor as_tensor(const Matrix& matrix) {
+  const int64_t sizes[] = {matrix.rows, matrix.columns}, strides[] = {matrix.row_stride, matrix.column_stride};
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(matrix.data, {sizes, 2}, {strides, 2}, cpu, scalar_type(matrix.dtype));
+}
+
+inline bool has_product(ScalarKind dtype) { return dtype == ScalarKind::float32 || dtype == ScalarKind::float64; }
 
 // out = a @ b, or out += a @ b, by the kernel. One of the strides of `a` is 1, and of `b`, and the second of `out`.
-inline void own_product(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
+inline void own_product(const Matrix& a, const Matrix& b, const Matrix& out, bool add) {
   ProductParams p{};
-  p.dtype = scalar_kind("product", a);
-  p.rows = a.size(0), p.columns = b.size(1), p.depth = a.size(1);
-  p.a = a.const_data_ptr(), p.a_row_stride = a.stride(0), p.a_depth_stride = a.stride(1);
-  p.b = b.const_data_ptr(), p.b_depth_stride = b.stride(0), p.b_column_stride = b.stride(1);
-  p.c = out.mutable_data_ptr(), p.c_row_stride = out.stride(0);
+  p.dtype = a.dtype;
+  p.rows = a.rows, p.columns = b.columns, p.depth = a.columns;
+  p.a = a.data, p.a_row_stride = a.row_stride, p.a_depth_stride = a.column_stride;
+  p.b = b.data, p.b_depth_stride = b.row_stride, p.b_column_stride = b.column_stride;
+  p.c = out.data, p.c_row_stride = out.row_stride;
   p.add = add;
   const cpu::Threads pool = threads();
   const Workspace workspace(cpu::kernels().product_workspace(p, pool));
   cpu::kernels().product(p, pool, workspace.data());
 }
 
-inline bool takes_own_product(ScalarType type, int64_t rows, int64_t columns) {
-  return has_product(type) && cpu::has_faster_product(rows, columns);
+inline bool takes_own_product(ScalarKind dtype, int64_t rows, int64_t columns) {
+  return has_product(dtype) && cpu::has_faster_product(rows, columns);
 }
 
 // out (rows, columns) = a (rows, depth) @ b (depth, columns), or out += that; by torch where torch is faster.
-inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out, bool add = false) {
-  const bool fits = has_unit_stride(a) && has_unit_stride(b) && out.stride(1) == 1;
-  if (fits && takes_own_product(a.scalar_type(), a.size(0), b.size(1))) return own_product(a, b, out, add);
+inline void multiply_into(const Matrix& a, const Matrix& b, const Matrix& out, bool add = false) {
+  const bool fits = a.has_unit_stride() && b.has_unit_stride() && out.column_stride == 1;
+  if (fits && takes_own_product(a.dtype, a.rows, b.columns)) return own_product(a, b, out, add);
+  const Tensor left = as_tensor(a), right = as_tensor(b), result = as_tensor(out);
   if (add) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_addmm_out(result.get(), result.get(), left.get(), right.get(), 1, 1));
   } else {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_mm_out(out.get(), a.get(), b.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_mm_out(result.get(), left.get(), right.get()));
   }
 }
 

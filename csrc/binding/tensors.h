@@ -42,6 +42,14 @@ class Shape {
     for (size_t k = 0; k < count_; ++k) sizes_[k] = tensor.size(static_cast<int64_t>(k));
   }
 
+  // With one more dimension in front.
+  Shape behind(int64_t size) const {
+    Shape longer{size};
+    longer.count_ = std::min(count_ + 1, sizes_.size());
+    std::copy_n(sizes_.begin(), longer.count_ - 1, longer.sizes_.begin() + 1);
+    return longer;
+  }
+
   size_t size() const { return count_; }
   const int64_t* data() const { return sizes_.data(); }
   int64_t operator[](size_t k) const { return sizes_[k]; }
@@ -97,6 +105,7 @@ inline void check_type(const char* op, const char* name, const Tensor& tensor, S
 
 // The tensor itself if it is contiguous, else a copy.
 inline Tensor contiguous(const char* op, const char* name, const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;  // torch's call costs something even then
   try {
     return torch::stable::contiguous(tensor);
   } catch (const std::exception&) {
@@ -111,6 +120,15 @@ inline ScalarKind scalar_kind(const char* op, const Tensor& tensor) {
     case ScalarType::BFloat16: return ScalarKind::bfloat16;
     case ScalarType::Half: return ScalarKind::float16;
     default: STD_TORCH_CHECK(false, op, ": dtype must be float64, float32, bfloat16 or float16");
+  }
+}
+
+inline ScalarType scalar_type(ScalarKind kind) {
+  switch (kind) {
+    case ScalarKind::float64: return ScalarType::Double;
+    case ScalarKind::float32: return ScalarType::Float;
+    case ScalarKind::bfloat16: return ScalarType::BFloat16;
+    default: return ScalarType::Half;
   }
 }
 
@@ -154,7 +172,7 @@ class Arguments {
   const Tensor& keep(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype, bool as_it_is = false) {
     check_shape(op_, name, tensor, shape);
     check_type(op_, name, tensor, dtype, like_);
-    kept_.push_back(as_it_is || tensor.is_contiguous() ? tensor : contiguous(op_, name, tensor));
+    kept_.push_back(as_it_is ? tensor : contiguous(op_, name, tensor));
     return kept_.back();
   }
 

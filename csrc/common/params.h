@@ -13,6 +13,8 @@ namespace hsm {
 enum class CellKind { lstm, gru };
 enum class ScalarKind { float64, float32, bfloat16, float16 };
 
+inline int64_t element_bytes(ScalarKind dtype) { return dtype == ScalarKind::float64 ? 8 : dtype == ScalarKind::float32 ? 4 : 2; }
+
 constexpr int max_directions = 2;
 
 // Where sequences are cut. Entry [t, n] of a mask is the edge between step t - 1 and step t of sequence n.

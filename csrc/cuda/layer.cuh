@@ -25,9 +25,6 @@ template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
 inline ScalarKind accumulator_kind(ScalarKind dtype) { return dtype == ScalarKind::float64 ? ScalarKind::float64 : ScalarKind::float32; }
-inline int64_t element_bytes(ScalarKind dtype) {
-  return dtype == ScalarKind::float64 ? 8 : dtype == ScalarKind::float32 ? 4 : 2;
-}
 
 inline int64_t at_least_1(int64_t x) { return x < 1 ? 1 : x; }
 // The highest counts where it is below the lowest.

@@ -61,6 +61,7 @@ void CudaDevice::forward(ForwardParams& p) const {
 }
 
 LayerGradients CudaDevice::backward(BackwardParams& p, const BackwardTensors& t) const {
+  STD_TORCH_CHECK(t.samples <= 1, op_, ": gradients of weights are of all sequences together, not of each of ", t.samples, " samples");
   const LayerGradients results = empty_gradients(*this, p.sizes, t);
   cuda::BackwardLayer layer{p, t.input.const_data_ptr(), t.input.size(2)};
   layer.params.output = t.output.const_data_ptr();
@@ -69,7 +70,7 @@ LayerGradients CudaDevice::backward(BackwardParams& p, const BackwardTensors& t)
   if (t.needs_input) layer.gradients.input = results.input.mutable_data_ptr();
   for (int d = 0; d < p.sizes.directions; ++d) {
     layer.params.weights[d].weight_ih = t.weight_ih[d].const_data_ptr();
-    if (!t.needs_weights) continue;
+    if (t.samples == 0) continue;
     layer.gradients.weight_ih[d] = results.weight_ih[d].mutable_data_ptr();
     layer.gradients.weight_hh[d] = results.weight_hh[d].mutable_data_ptr();
     layer.gradients.bias[d] = results.bias[d].mutable_data_ptr();
