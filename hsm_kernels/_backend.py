@@ -23,7 +23,7 @@ _warned: set[str] = set()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _assume_constant_result(function: _Function) -> _Function:
+def assume_constant_result(function: _Function) -> _Function:
     """What torch.compiler.assume_constant_result does, which takes a second more to import all of torch._dynamo."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -119,7 +119,7 @@ def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 # torch.compile need not see how the library and the GPU are looked at.
-@_assume_constant_result
+@assume_constant_result
 def _missing_cuda_kernel(index: int | None) -> str | None:
     info = _library.build_info()
     if not info.loaded:
@@ -164,7 +164,7 @@ def has_cpu_kernels(device: torch.device) -> bool:
     return device.type == "cpu" and _library_is_loaded()
 
 
-@_assume_constant_result
+@assume_constant_result
 def _library_is_loaded() -> bool:
     return _library.build_info().loaded
 
@@ -183,7 +183,7 @@ def allows_tf32(input: torch.Tensor) -> bool:
 
 
 # A compiled call keeps the setting with which it was traced.
-@_assume_constant_result
+@assume_constant_result
 def _rnn_precision() -> str:
     return str(torch.backends.cudnn.rnn.fp32_precision)  # type: ignore[attr-defined]
 

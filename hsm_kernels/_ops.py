@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _derivatives, _fallback
+from . import _backend, _derivatives, _fallback
 from ._derivatives import Layer
 from ._gradients import HiddenStates, gru_gates, lstm_gates, weight_gradient, without_padding
 from ._vmap import batched_backward, batched_layer
@@ -474,6 +474,21 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+_NOT_COMPILED = (
+    f"{NAMESPACE}: torch.func.grad, vjp, jvp, what is made of them, and forward-mode differentiation are not supported "
+    "inside torch.compile and torch.export; leave them outside, or compile a function whose backward() is called"
+)
+
+
+# Evaluated while a function is traced: torch would take an operator's tangents for zeros.
+@_backend.assume_constant_result
+def _traced_derivative() -> bool:
+    """Whether a transform of torch.func other than vmap, or forward-mode differentiation, is active."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    vmap = torch._C._functorch.TransformType.Vmap
+    return forward_ad._current_level >= 0 or any(level.key() != vmap for level in levels)
+
+
 def _tangents(
     layer: Layer, per_direction: int, tangents: tuple[Any, ...]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -547,6 +562,8 @@ def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any
 
     def call(*arguments: Any, differentiable: bool = False) -> Any:
         if torch.compiler.is_compiling():
+            if _traced_derivative():
+                raise RuntimeError(_NOT_COMPILED)
             return op(*arguments)
         try:
             if transformed():

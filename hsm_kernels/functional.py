@@ -410,13 +410,12 @@ _GRU = _Kind("GRU", 3, _gru_op_layer, _gru_reference_layer)
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether a derivative may be asked for; inside a transform a tensor does not say whether it requires one."""
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():
         return False
-    return _ops.transformed() or any(t is not None and t.requires_grad for t in tensors)
+    transformed = not torch.compiler.is_compiling() and _ops.transformed()
+    return transformed or any(t is not None and t.requires_grad for t in tensors)
 
 
 def _op_weights(weights: list[Weights], input: Tensor, training: bool) -> list[Weights]:

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from rnn_helpers import SEQUENCE_CELLS, random_state, tensors
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import hsm_kernels as hsm
 
@@ -118,21 +119,69 @@ def test_a_package_runs_in_a_fresh_process(cell: str, tmp_path: Path) -> None:
 
 
 @sequence_cells
-def test_transforms_inside_compile(cell: str) -> None:
-    """vmap is compiled; torch.func.grad has to stay outside, and says so rather than giving a wrong number."""
+def test_vmap_inside_compile(cell: str) -> None:
     rnn = getattr(hsm, cell)(3, 8)
-    weights = {name: weight.detach() for name, weight in rnn.named_parameters()}
     x = torch.randn(2, 5, 1, 3)
 
-    def call(weights: Any, x: Tensor) -> Tensor:
-        return torch.func.functional_call(rnn, weights, (x,))[0]
+    def mapped(x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda x: rnn(x)[0])(x)
 
-    def mapped(weights: Any, x: Tensor) -> Tensor:
-        return torch.func.vmap(call, (None, 0))(weights, x)
+    torch.testing.assert_close(torch.compile(mapped, backend="aot_eager", fullgraph=True)(x), mapped(x))
 
-    def graded(weights: Any, x: Tensor) -> Any:
-        return torch.func.grad(lambda weights: call(weights, x).sum())(weights)
 
-    torch.testing.assert_close(torch.compile(mapped, backend="aot_eager")(weights, x), mapped(weights, x))
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.compile(graded, backend="aot_eager")(weights, x[0])
+def with_dual_numbers(f: Any, x: Tensor) -> Any:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent
+
+
+DERIVATIVES = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones(5, 1, 8))[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "vmap(grad)": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(torch.stack([x, -x])),
+    "dual numbers": with_dual_numbers,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+@pytest.mark.parametrize("name", DERIVATIVES)
+@sequence_cells
+def test_derivatives_inside_compile(cell: str, name: str) -> None:
+    """Not compiled, but right; where all must be compiled, an error that says what to do."""
+    rnn = getattr(hsm, cell)(3, 8)
+    x = torch.randn(5, 1, 3)
+
+    def derivative(x: Tensor) -> Any:
+        return DERIVATIVES[name](lambda x: rnn(x)[0], x)
+
+    with pytest.raises(RuntimeError, match="leave them outside"):
+        torch.compile(derivative, backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(derivative, backend="aot_eager")(x), derivative(x))
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp"])
+@sequence_cells
+def test_export_of_a_derivative_says_what_to_do(cell: str, name: str) -> None:
+    class Derivative(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = getattr(hsm, cell)(3, 8)
+
+        def forward(self, x: Tensor) -> Any:
+            return DERIVATIVES[name](lambda x: self.rnn(x)[0], x)
+
+    with pytest.raises(RuntimeError, match="leave them outside"):
+        torch.export.export(Derivative(), (torch.randn(5, 1, 3),))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap(grad)"])
+@sequence_cells
+def test_a_compiled_module_inside_a_transform(cell: str, transform: str) -> None:
+    rnn = getattr(hsm, cell)(3, 8)
+    compiled, x = torch.compile(rnn, backend="aot_eager"), torch.randn(5, 1, 3)
+    compiled(x)  # what is compiled for plain calls is not for these
+    found, wanted = (DERIVATIVES[transform](lambda x, run=run: run(x)[0], x) for run in (compiled, rnn))
+    torch.testing.assert_close(found, wanted)
