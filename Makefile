@@ -24,7 +24,7 @@ WAIT_PASSIVELY := export OMP_WAIT_POLICY=passive;
 NEEDS_LIBRARY := test_abi.py test_build.py test_compile.py test_compile_cuda.py test_jit.py test_parallel.py sim
 SOURCES := $(shell find hsm_kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo demo-memory demo-audio test lint test-wheel test-none test-jit test-versions peers bench bench-full bench-boundaries clean
+.PHONY: demo demo-memory demo-audio test lint test-wheel test-none test-jit test-versions peers bench bench-full bench-boundaries bench-transforms clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed
@@ -82,6 +82,9 @@ peers: $(VENV)/installed
 
 bench-boundaries: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_boundaries.py $(ARGS)
+
+bench-transforms: $(VENV)/installed
+	$(BIN)/python benchmarks/bench_transforms.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

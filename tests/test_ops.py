@@ -541,6 +541,16 @@ def sequences_of(argument: Any, samples: int, k: int, case: Case) -> Any:
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_samples_without_sequences(cell: str) -> None:
+    *arguments, _ = backward_arguments(Case(cell, batch=0))
+    *_, grad_ih, grad_hh, grad_bias, _, _, _ = getattr(OPS, f"{cell.lower()}_backward")(*arguments, 2)
+    for grad in (grad_ih, grad_hh, grad_bias):
+        torch.testing.assert_close(grad, torch.zeros_like(grad))
+        assert len(grad) == 2
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize("samples", [4, -1])
 def test_samples_that_are_no_part_of_the_batch(samples: int) -> None:
     *arguments, _ = backward_arguments(Case("GRU", batch=6))
