@@ -379,6 +379,16 @@ def test_precision_of_float32(
     assert not _backend.allows_tf32(torch.empty(1, dtype=dtype))
 
 
+def test_the_older_switch_for_tf32_counts_too() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cudnn.allow_tf32 = allowed
+            assert (_backend._rnn_precision() == "tf32") is allowed
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("cell", SEQUENCE_CELLS)
 def test_shapes_and_devices(fake_cuda: FakeTensorMode, cell: str, options: dict[str, Any]) -> None:
