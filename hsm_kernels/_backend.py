@@ -136,7 +136,7 @@ def _missing_cuda_kernel(index: int | None) -> str | None:
     return _unsupported_gpu(index) if exists else None
 
 
-@_assume_constant_result
+@assume_constant_result
 def _has_cuda_kernels() -> bool:
     return bool(_library.build_info().cuda_archs)
 
