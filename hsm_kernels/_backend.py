@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -36,6 +37,18 @@ def _checked(name: str) -> str:
 
 
 _current = _checked(os.environ.get("HSM_KERNELS_BACKEND", "auto"))
+
+
+def check_cuda_variant(text: str) -> None:
+    """Raises ValueError for what HSM_KERNELS_CUDA_VARIANT cannot be; the native library reads it at every call."""
+    if text and re.fullmatch(r"step|cluster(:(1|2|4|8|16))?|grid(:[1-9]\d{0,2})?", text) is None:
+        raise ValueError(
+            "hsm_kernels: HSM_KERNELS_CUDA_VARIANT must be step, cluster or grid, or name a number of blocks too as in "
+            f"cluster:8 (1, 2, 4, 8 or 16) or grid:64, got {text!r}"
+        )
+
+
+check_cuda_variant(os.environ.get("HSM_KERNELS_CUDA_VARIANT", ""))
 
 
 def set_backend(name: str) -> None:

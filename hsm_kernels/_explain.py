@@ -18,8 +18,10 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
     of its forward. For the CPU kernels the variant is the instruction set, and the reason says how many threads the
     first layer's forward pass uses, where it packs the weights, and how many steps of the input it multiplies at once,
     all of which may differ without gradients; masks and lengths, which may change it too, are not looked at. On a GPU
-    the variant is ``"step"``. Raises TypeError for another module, RuntimeError if :func:`set_backend` asked for a
-    backend that cannot run it.
+    the variant is that of the first layer's forward recurrence, ``"step"``, ``"cluster"`` or ``"grid"``; the reason
+    says why, and with gradients also how the backward one runs. Others than ``"step"`` run only where the environment
+    variable ``HSM_KERNELS_CUDA_VARIANT`` asks for them. Raises TypeError for another module, RuntimeError if
+    :func:`set_backend` asked for a backend that cannot run it.
 
     >>> import torch, hsm_kernels as hsm
     >>> with hsm.use_backend("reference"):
@@ -36,18 +38,37 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
     data = input.data if isinstance(input, PackedSequence) else input
     dtype = autocast_dtype(data.device) or data.dtype
     plan = _backend.plan(None, data.device, dtype)
-    if plan.backend != "cpu":
+    if plan.backend == "reference":
         return plan
     steps, batch = _steps_and_batch(rnn, input)
     # As far as it shows in the arguments: a gradient may also be wanted of a state.
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *rnn.parameters()))
-    like = torch.empty((), dtype=dtype).expand(steps, batch, data.size(-1))
+    like = torch.empty((), dtype=dtype, device=data.device).expand(steps, batch, data.size(-1))
+    kind = (
+        isinstance(rnn, (modules.LSTM, modules.LSTMCell)),
+        bool(getattr(rnn, "proj_size", 0)),
+        bool(getattr(rnn, "bidirectional", False)),
+    )
+    if plan.backend == "cuda":
+        return _explain_cuda(like, _first_weights(rnn, dtype, training)[1], kind, training)
     instruction_set, numbers = torch.ops.hsm_kernels.explain_forward.default(
-        like, *_first_weights(rnn, dtype, training), isinstance(rnn, (modules.LSTM, modules.LSTMCell)),
-        bool(getattr(rnn, "proj_size", 0)), bool(getattr(rnn, "bidirectional", False)), training,
-    )  # fmt: skip
+        like, *_first_weights(rnn, dtype, training), *kind, training
+    )
     name = bytes(instruction_set.tolist()).decode()
     return Plan("cpu", name, f"{plan.reason}; {_describe(batch, steps, *numbers.tolist())}")
+
+
+def _explain_cuda(like: Tensor, weight_hh: Tensor, kind: tuple[bool, bool, bool], training: bool) -> Plan:
+    def words(backward: bool) -> str:
+        found = torch.ops.hsm_kernels.explain_recurrence.default(
+            like, weight_hh, *kind, backward, _backend.allows_tf32(like)
+        )
+        return bytes(found.tolist()).decode()
+
+    variant, reason = words(backward=False).split(": ", 1)
+    if training:
+        reason += f"; backward {words(backward=True)}"
+    return Plan("cuda", variant, reason)
 
 
 def _steps_and_batch(rnn: nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]:

@@ -72,12 +72,19 @@ _SCHEMAS = {
 _library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-# How the native library would run a forward pass without boundaries: the name of the instruction set, and ForwardPlan
-# of csrc/common/params.h without the bytes. There is no other kernel.
-_library.define(  # type: ignore[no-untyped-call]
-    "explain_forward(Tensor input, Tensor weight_ih, Tensor weight_hh, bool is_lstm, bool projection, "
-    "bool bidirectional, bool training) -> (Tensor instruction_set, Tensor numbers)"
-)
+
+# They have no other kernels than those of the native library.
+_EXPLAIN_SCHEMAS = {
+    # How a forward pass without boundaries would run on the CPU: the name of the instruction set, and ForwardPlan of
+    # csrc/common/params.h without the bytes.
+    "explain_forward": "(Tensor input, Tensor weight_ih, Tensor weight_hh, bool is_lstm, bool projection, "
+    "bool bidirectional, bool training) -> (Tensor instruction_set, Tensor numbers)",
+    # How the recurrence of one pass would run on a GPU, in words: "cluster: ...".
+    "explain_recurrence": "(Tensor input, Tensor weight_hh, bool is_lstm, bool projection, bool bidirectional, "
+    "bool backward, bool allow_tf32) -> Tensor words",
+}
+for _name, _schema in _EXPLAIN_SCHEMAS.items():
+    _library.define(_name + _schema)  # type: ignore[no-untyped-call]
 
 
 def _directions(arguments: tuple[Tensor | None, ...]) -> list[Weights]:

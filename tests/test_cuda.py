@@ -267,6 +267,24 @@ def test_operators_are_left_alone_where_their_kernels_cannot_run(
     assert _backend.chooses_reference(None, CUDA, torch.float32) is chosen
 
 
+@pytest.mark.parametrize("text", ["", "step", "cluster", "cluster:16", "grid", "grid:132"])
+def test_variants_that_can_be_asked_for(text: str) -> None:
+    _backend.check_cuda_variant(text)
+
+
+@pytest.mark.parametrize("text", ["fast", "cluster:3", "cluster:", "step:1", "grid:0", "grid:x", "Cluster"])
+def test_a_wrong_variant_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"HSM_KERNELS_CUDA_VARIANT must be step, cluster or grid.* got {text!r}"):
+        _backend.check_cuda_variant(text)
+
+
+def test_a_wrong_variant_is_refused_at_import() -> None:
+    environ = {**os.environ, "HSM_KERNELS_CUDA_VARIANT": "fast", "HSM_KERNELS_BUILD": "none"}
+    command = [sys.executable, "-W", "ignore", "-c", "import hsm_kernels"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert "ValueError: hsm_kernels: HSM_KERNELS_CUDA_VARIANT must be step" in done.stderr
+
+
 def test_another_backend_than_the_device(library_for: Any) -> None:
     library_for(("80",), (8, 0))
     with pytest.raises(RuntimeError, match=r"backend 'cpu' .*: the input is on cuda:0"):

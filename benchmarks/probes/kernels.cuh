@@ -5,7 +5,7 @@
 #include <climits>
 #include <cstdint>
 
-#include "primitives.cuh"
+#include "cuda/primitives.cuh"
 
 namespace probes {
 

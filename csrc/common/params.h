@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace hsm {
 
 enum class CellKind { lstm, gru };
@@ -54,7 +56,7 @@ struct Sizes {
 };
 
 // G * H: the rows of W_ih and W_hh, the columns of their products.
-inline int64_t gate_columns(const Sizes& z) { return (z.cell == CellKind::lstm ? 4 : 3) * int64_t{z.hidden}; }
+HSM_HOST_DEVICE int64_t gate_columns(const Sizes& z) { return (z.cell == CellKind::lstm ? 4 : 3) * int64_t{z.hidden}; }
 
 // One direction's parameters.
 struct Weights {

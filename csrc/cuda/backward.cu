@@ -1,103 +1,9 @@
-// The backward pass of the step variant.
-//
-// A round takes the gradients of the pre-activations of the round before back through W_hh, which gives the gradient of the state
-// between two steps, and then goes through the cell of its own step. A lane is what does so: a sequence, or one of its segments where
-// all sequences are cut at the same, known steps. One more round delivers what the last one left.
-#include "cuda/layer.cuh"
+// The backward pass: the products over many steps, the step variant's rounds, and where a persistent variant takes their place.
+#include "cuda/backward.cuh"
 
 namespace hsm {
 namespace cuda {
 namespace {
-
-// A kernel's view of one round. `A` is Accumulator<T>.
-struct BackwardRound {
-  BackwardParams params;
-  int64_t index;
-  // Lane i has sequence i % N, and of that the (i / N)-th segment of `segment_steps` steps from `first_segment` on.
-  int64_t first_segment, segment_steps, lanes;
-  int64_t lane_stride;  // between directions, in the arrays below
-  const void* gates[max_directions];  // T: activated, of step `gates_first_step` on
-  int64_t gates_first_step[max_directions], gates_stride;  // elements between sequences
-  void* hidden_gates;  // T (D, lanes, G * H): gradients of the pre-activations as the rows of W_hh stand
-  void* from_gates;    // A (D, lanes, Hout): of the state that entered the step of the round before, by way of the gates
-  void* carried;       // A (D, lanes, H): the other way: of c for LSTM, of h through z for GRU
-  void* grad_h;        // T (D, lanes, Hout): with a projection, of the step's h
-  void* from_h;        // A (D, lanes, H): and of what was projected
-  void* reset_h;       // A (D, lanes, Hout) or null: sums for grad_reset_h
-  void* reset_c;       // A (D, lanes, H) or null
-};
-
-struct Visit {
-  int direction;
-  int64_t lane, sequence, step;
-  bool has_step;  // in this round
-  bool runs;      // and it is inside the sequence
-  bool leaves;    // what it leaves is the sequence's last state
-  bool enters_initial, enters_reset;  // what it was entered from; else the step before in its direction
-  // Where the gradient goes that the round before left: on into this step, or to the initial or the reset state, or nowhere.
-  bool goes_on, to_initial, to_reset;
-};
-
-HSM_DEVICE Visit visit_of(const BackwardRound& s, const Place& place) {
-  const Sizes& z = s.params.sizes;
-  const Sequences sequences{s.params.boundaries, z.steps};
-  const unsigned lane = static_cast<unsigned>(place.row), batch = static_cast<unsigned>(z.batch);
-  const int64_t n = lane % batch, begin = s.first_segment + (lane / batch) * s.segment_steps;
-  const int64_t whole_end = begin + s.segment_steps, end = whole_end < z.steps ? whole_end : z.steps;
-  const int reverse = place.direction;
-  const int64_t step = reverse ? begin + s.index : end - 1 - s.index, before = reverse ? step - 1 : step + 1;
-  const int64_t length = sequences.length(n), first = reverse ? length - 1 : 0;
-
-  Visit visit{reverse, place.row, n, step};
-  visit.has_step = step >= begin && step < end;
-  visit.runs = visit.has_step && step < length;
-  visit.leaves = reverse ? step == 0 : step == length - 1;
-  visit.enters_initial = step == first;
-  visit.enters_reset = visit.runs && sequences.resets(step + reverse, n);
-  if (s.index > 0 && before >= begin && before < end && before < length) {
-    const int64_t edge = before + reverse;
-    visit.to_reset = sequences.resets(edge, n);
-    const bool open = !visit.to_reset && !sequences.detaches(edge, n);
-    visit.to_initial = open && before == first;
-    visit.goes_on = open && before != first;
-  }
-  return visit;
-}
-
-HSM_DEVICE int64_t state_of(const Visit& visit, const Sizes& z) { return visit.direction * z.batch + visit.sequence; }
-HSM_DEVICE int64_t place_of(int64_t step, const Visit& visit, const Sizes& z) {
-  return (step * z.batch + visit.sequence) * z.directions + visit.direction;
-}
-
-// The gradient of an element of the state that left the visited step. `incoming`: what the round before left, which is delivered where the
-// step that it comes from began a segment. `size` is that of the state.
-template <class T>
-HSM_DEVICE Accumulator<T> state_gradient(const Visit& visit, Accumulator<T> incoming, const Sizes& z, int size, int unit, int64_t lane,
-                                         const void* grad_last, void* grad_initial, void* resets) {
-  using A = Accumulator<T>;
-  const int64_t at = state_of(visit, z) * size + unit;
-  if (visit.to_initial) store<T>(grad_initial, at, incoming);
-  if (visit.to_reset && resets) static_cast<A*>(resets)[lane * size + unit] += incoming;
-  if (!visit.runs) return 0;
-  return visit.leaves ? load<T>(grad_last, at) : visit.goes_on ? incoming : A{0};
-}
-
-// The gradient of an element of the hidden state that left the visited step, with that of the output.
-template <class T>
-HSM_DEVICE Accumulator<T> hidden_gradient(const BackwardRound& s, const Visit& visit, Accumulator<T> incoming, int unit, int64_t lane) {
-  const BackwardParams& p = s.params;
-  const int size = p.sizes.hidden_out;
-  const Accumulator<T> grad = state_gradient<T>(visit, incoming, p.sizes, size, unit, lane, p.grad_h_n, p.grad_h_0, s.reset_h);
-  return visit.runs ? grad + load<T>(p.grad_output, place_of(visit.step, visit, p.sizes) * size + unit) : 0;
-}
-
-// The state that entered the visited step.
-template <class T>
-HSM_DEVICE Accumulator<T> entered_state(const Visit& visit, const Sizes& z, int unit, const void* states, const void* initial, const void* reset) {
-  if (visit.enters_reset) return load<T>(reset, state_of(visit, z) * z.hidden + unit);
-  if (visit.enters_initial) return load<T>(initial, state_of(visit, z) * z.hidden + unit);
-  return load<T>(states, place_of(visit.direction ? visit.step + 1 : visit.step - 1, visit, z) * z.hidden + unit);
-}
 
 // A sequence without steps passes on what reaches its last state; for others the gradients of the initial state are zero until a
 // round brings some.
@@ -122,62 +28,36 @@ HSM_KERNEL(block_threads) begin_backward(HSM_ARGUMENT BackwardParams p) {
 template <class T>
 HSM_KERNEL(block_threads) backward_projected(HSM_ARGUMENT BackwardRound s) {
   using A = Accumulator<T>;
-  const Sizes& z = s.params.sizes;
+  const BackwardParams& p = s.params;
+  const Sizes& z = p.sizes;
   const Place place = place_of_thread(s.lanes, z.hidden_out);
   if (!place.exists) return;
-  const Visit visit = visit_of(s, place);
-  const int64_t lane = visit.direction * s.lane_stride + visit.lane, at = lane * z.hidden_out + place.unit;
-  const A grad = hidden_gradient<T>(s, visit, static_cast<const A*>(s.from_gates)[at], place.unit, lane);
+  const BackwardVisit visit = visit_of(s, s.index, place.direction, place.row);
+  const int size = z.hidden_out, unit = place.unit;
+  const int64_t lane = visit.direction * s.lane_stride + visit.lane, at = lane * size + unit;
+  const A outer = outer_gradient<T>(visit, z, size, unit, p.grad_h_n, p.grad_output);
+  const A grad = state_gradient<T>(visit, static_cast<const A*>(s.from_gates)[at], outer, z, size, unit, lane, p.grad_h_0, s.reset_h);
   store<T>(s.grad_h, at, grad);
-  if (visit.has_step) store<T>(s.params.grad_h, place_of(visit.step, visit, z) * z.hidden_out + place.unit, grad);
+  if (visit.has_step) store<T>(p.grad_h, place_of(visit.step, visit, z) * size + unit, grad);
 }
 
 // Through the cell.
 template <class T, CellKind kind>
 HSM_KERNEL(block_threads) backward_cell(HSM_ARGUMENT BackwardRound s) {
   using A = Accumulator<T>;
-  constexpr bool is_lstm = kind == CellKind::lstm;
-  const BackwardParams& p = s.params;
-  const Sizes& z = p.sizes;
+  const Sizes& z = s.params.sizes;
   const Place place = place_of_thread(s.lanes, z.hidden);
   if (!place.exists) return;
-  const Visit visit = visit_of(s, place);
-  const int d = visit.direction, unit = place.unit;
-  const int64_t lane = d * s.lane_stride + visit.lane, at = lane * z.hidden + unit;
-  A* carried = static_cast<A*>(s.carried) + at;
-
-  A grad_hidden, grad_c = 0;
-  if (z.projection) {
-    grad_hidden = static_cast<const A*>(s.from_h)[at];
-  } else {
-    const A incoming = static_cast<const A*>(s.from_gates)[at];
-    grad_hidden = hidden_gradient<T>(s, visit, is_lstm ? incoming : incoming + *carried, unit, lane);
-  }
-  if constexpr (is_lstm) grad_c = state_gradient<T>(visit, *carried, z, z.hidden, unit, lane, p.grad_c_n, p.grad_c_0, s.reset_c);
+  const BackwardVisit visit = visit_of(s, s.index, place.direction, place.row);
+  const int unit = place.unit;
+  const int64_t lane = visit.direction * s.lane_stride + visit.lane, at = lane * z.hidden + unit;
+  const A incoming = static_cast<const A*>(z.projection ? s.from_h : s.from_gates)[at];
+  const StepInputs<A> in = inputs_of<T, kind>(s, visit, unit);
+  const GateGradients<A> grad = backward_unit<T, kind>(s, visit, unit, in, incoming, static_cast<A*>(s.carried)[at]);
   if (!visit.has_step) return;
-
-  A grad_pre[4] = {0, 0, 0, 0};
-  if (visit.runs) {
-    const int64_t gates_at = ((visit.step - s.gates_first_step[d]) * z.batch + visit.sequence) * s.gates_stride + unit;
-    A gates[4];
+  constexpr int gate_count = kind == CellKind::lstm ? 4 : 3;
 #pragma unroll
-    for (int g = 0; g < 4; ++g) gates[g] = load<T>(s.gates[d], gates_at + g * z.hidden);
-    if constexpr (is_lstm) {
-      const int64_t step_at = place_of(visit.step, visit, z) * z.hidden + unit;
-      grad_c += load<T>(p.grad_c_states, step_at);
-      const A c_prev = entered_state<T>(visit, z, unit, p.c_states, p.c_0, p.boundaries.reset_c);
-      lstm_cell_backward<Math>(LstmGates<A>{gates[0], gates[1], gates[2], gates[3]}, c_prev, load<T>(p.c_states, step_at), grad_hidden, grad_c,
-                               grad_pre, *carried);
-    } else {
-      const A h_prev = entered_state<T>(visit, z, unit, p.output, p.h_0, p.boundaries.reset_h);
-      gru_cell_backward(GruGates<A>{gates[0], gates[1], gates[2], gates[3]}, h_prev, grad_hidden, grad_pre, *carried);
-    }
-  }
-  store_gates<T>(p.grad_gates[d], ((visit.step - p.first_step[d]) * z.batch + visit.sequence) * 4 * z.hidden + unit, z.hidden, grad_pre);
-  constexpr int gate_count = is_lstm ? 4 : 3;
-#pragma unroll
-  for (int g = 0; g < gate_count; ++g)
-    store<T>(s.hidden_gates, (lane * gate_count + g) * z.hidden + unit, grad_pre[is_lstm || g < 2 ? g : 3]);
+  for (int g = 0; g < gate_count; ++g) store<T>(s.hidden_gates, (lane * gate_count + g) * z.hidden + unit, grad.template of_hidden<kind>(g));
 }
 
 // What all segments of a sequence sent to its reset state, in the order of the segments.
@@ -279,17 +159,19 @@ struct Steps {
 
 class BackwardPass {
  public:
-  BackwardPass(const BackwardLayer& layer, const Limits& limits, void* workspace)
+  BackwardPass(const BackwardLayer& layer, const Setting& setting, const Limits& limits, void* workspace)
       : layer_(layer), p_(round_.params), z_(layer.params.sizes), wide_(accumulator_kind(z_.dtype)) {
     p_ = layer.params;
     columns_ = gate_columns(z_);
     element_ = element_bytes(z_.dtype), wide_bytes_ = element_bytes(wide_);
     choose_chunks(limits);
+    plan_ = plan_recurrence(z_, round_.lane_stride, PassKind::backward, setting);
+    const bool steps = plan_.variant == Variant::step;
     const bool sums = p_.grad_reset_h != nullptr, lstm = z_.cell == CellKind::lstm;
     const int64_t lanes = z_.directions * round_.lane_stride, chunk_rows = chunk_ * z_.batch, hidden = z_.hidden, out = z_.hidden_out;
     Arena arena(workspace);
     round_.hidden_gates = arena.take_bytes(lanes * columns_ * element_);
-    round_.from_gates = arena.take_bytes(lanes * out * wide_bytes_);
+    round_.from_gates = arena.take_bytes(steps ? lanes * out * wide_bytes_ : 0);
     round_.carried = arena.take_bytes(lanes * hidden * wide_bytes_);
     round_.grad_h = arena.take_bytes(z_.projection ? lanes * out * element_ : 0);
     round_.from_h = arena.take_bytes(z_.projection ? lanes * hidden * wide_bytes_ : 0);
@@ -299,7 +181,7 @@ class BackwardPass {
     void* reset_c = arena.take_bytes(reset_bytes_c_);
     round_.reset_h = sums ? reset_h : nullptr;
     round_.reset_c = sums ? reset_c : nullptr;
-    weight_hh_.reserve(arena, z_, columns_ * out);
+    weight_hh_.reserve(arena, z_, steps ? columns_ * out : 0);
     weight_hr_.reserve(arena, z_, z_.projection ? out * hidden : 0);
     for (int d = 0; d < z_.directions; ++d) {
       p_.grad_gates[d] = arena.take_bytes(chunk_rows * 4 * hidden * element_);
@@ -391,7 +273,8 @@ class BackwardPass {
     round_.gates_stride *= z_.directions;
   }
 
-  // Rounds [first, last) of the segments at hand, and the one that delivers what the last one left.
+  // Rounds [first, last) of the segments at hand, and the one that delivers what the last one left. Between calls, `hidden_gates` and `carried` hold
+  // what a round leaves to the next.
   template <class T, CellKind kind>
   void run_rounds(Queue& queue, int64_t first, int64_t last, bool delivers) {
     const LaunchShape units = one_thread_each(round_.lanes, z_.hidden, z_.directions);
@@ -555,6 +438,7 @@ class BackwardPass {
   BackwardParams& p_;  // the round's
   const Sizes z_;
   const ScalarKind wide_;  // what T is accumulated in
+  Plan plan_;
   int64_t element_, wide_bytes_;
   int64_t columns_;         // G * H
   bool folds_;              // segments of all sequences run beside each other
@@ -575,10 +459,13 @@ class BackwardPass {
 
 }  // namespace
 
-size_t backward_workspace(const BackwardLayer& layer, const Limits& limits) { return BackwardPass(layer, limits, nullptr).workspace_bytes(); }
+size_t backward_workspace(const BackwardLayer& layer, const Setting& setting, const Limits& limits) {
+  return BackwardPass(layer, setting, limits, nullptr).workspace_bytes();
+}
 
-Status backward(const BackwardLayer& layer, void* workspace, const Products& products, CUstream_st* stream, const Limits& limits) {
-  BackwardPass pass(layer, limits, workspace);
+Status backward(const BackwardLayer& layer, void* workspace, const Setting& setting, const Products& products, CUstream_st* stream,
+                const Limits& limits) {
+  BackwardPass pass(layer, setting, limits, workspace);
   return run(pass, layer.params.sizes, products, stream);
 }
 

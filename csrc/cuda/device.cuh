@@ -10,11 +10,14 @@
 //   shuffle_down(value, lanes)                             the value of a higher lane of the warp; all lanes call it
 //   bfloat16, float16, widen(x), narrow<T>(x)              the 16-bit types, to and from float, rounded to nearest even
 //   cudaError_t, cudaSuccess, cudaStream_t                 as in the CUDA runtime
+//   facts_of_device(kernel, facts)                         -> cudaError_t; of the current device, as a kernel of this library finds it
 //   fill_async(data, byte, bytes, stream)                  cudaMemsetAsync
 //   copy_async(to, from, bytes, stream)                    cudaMemcpyAsync between places on the device
 #pragma once
 
 #include <cstddef>
+
+#include "cuda/plan.h"
 
 namespace hsm {
 namespace cuda {
@@ -53,6 +56,34 @@ cudaError_t launch(void (*kernel)(Arguments...), const LaunchShape& shape, cudaS
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+inline cudaError_t facts_of_device(void (*kernel)(), DeviceFacts& facts) {
+  int device = 0, major = 0, minor = 0, shared_bytes = 0;
+  cudaFuncAttributes code{};
+  cudaError_t status = cudaGetDevice(&device);
+  const auto read = [&](int& value, cudaDeviceAttr attribute) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  read(major, cudaDevAttrComputeCapabilityMajor);
+  read(minor, cudaDevAttrComputeCapabilityMinor);
+  read(facts.multiprocessors, cudaDevAttrMultiProcessorCount);
+  read(shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&code, kernel);
+  if (status != cudaSuccess) return status;
+  // Code that the driver compiled from PTX has what the PTX was made for.
+  facts.capability = code.ptxVersion < 10 * major + minor ? code.ptxVersion : 10 * major + minor;
+  facts.shared_bytes = shared_bytes;
+  facts.largest_cluster = 1;
+  if (facts.capability < 90) return cudaSuccess;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(16);
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status == cudaSuccess) status = cudaOccupancyMaxPotentialClusterSize(&facts.largest_cluster, kernel, &config);
+  return status;
 }
 
 inline cudaError_t fill_async(void* data, int byte, size_t bytes, cudaStream_t stream) {

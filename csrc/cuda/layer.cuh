@@ -7,7 +7,7 @@
 #include "common/cell_math.h"
 #include "common/sequences.h"
 #include "cuda/device.cuh"
-#include "cuda/step.h"
+#include "cuda/passes.h"
 
 namespace hsm {
 namespace cuda {
@@ -184,8 +184,8 @@ class StackedWeights {
  public:
   void reserve(Arena& arena, const Sizes& z, int64_t elements) {
     bytes_ = elements * element_bytes(z.dtype);
-    copy_ = arena.take_bytes(z.directions > 1 ? static_cast<size_t>(z.directions * bytes_) : 0);
-    copies_ = z.directions > 1;
+    copies_ = z.directions > 1 && bytes_ > 0;
+    copy_ = arena.take_bytes(copies_ ? static_cast<size_t>(z.directions * bytes_) : 0);
   }
   void fill(Queue& queue, const void* forward, const void* reverse) {
     data_ = forward;

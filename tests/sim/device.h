@@ -33,6 +33,12 @@ cudaError_t launch(void (*kernel)(Arguments...), const LaunchShape& shape, cudaS
   return sim::launch(config, [&] { kernel(arguments...); }) ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+// Those of an H200.
+inline cudaError_t facts_of_device(void (*)(), DeviceFacts& facts) {
+  facts = {90, 132, 227 << 10, 16};
+  return cudaSuccess;
+}
+
 inline cudaError_t fill_async(void* data, int byte, size_t bytes, cudaStream_t) {
   if (bytes) std::memset(data, byte, bytes);
   return cudaSuccess;

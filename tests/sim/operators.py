@@ -10,21 +10,28 @@ from simulator import ROOT, Build, Library
 
 from hsm_kernels import _ops
 
-CUDA_SOURCES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
+CUDA_SOURCES = tuple(
+    sorted(
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.cu", "*.cpp")
+        for path in (ROOT / "csrc" / "cuda").glob(pattern)
+    )
+)
 BINDING_SOURCES = (
     "csrc/binding/lstm_ops.cpp",
     "csrc/binding/gru_ops.cpp",
     "csrc/binding/cuda/cublas.cpp",
     "csrc/binding/cuda/device.cpp",
+    "csrc/binding/cuda/explain_ops.cpp",
     "tests/sim/torch_on_cpu.cpp",
 )
 NAMES = ("lstm_forward", "lstm_backward", "gru_forward", "gru_backward")
 
 BUILD = Build(CUDA_SOURCES, torch_sources=BINDING_SOURCES)
 #: The same with so little memory for products over many steps that both passes go through every call in pieces.
-IN_PIECES = BUILD.patched("csrc/cuda/step.h", "int64_t{32} << 20", "1024").patched(
-    "csrc/cuda/step.h", "int64_t{128} << 20", "1024"
-)
+IN_PIECES = BUILD
+for _limit in ("int64_t{32} << 20", "int64_t{128} << 20", "int64_t{128} << 20"):
+    IN_PIECES = IN_PIECES.patched("csrc/cuda/passes.h", _limit, "1024")
 
 _numbers = itertools.count()
 
@@ -35,6 +42,7 @@ def register(library: Library) -> torch.library.Library:
     operators = torch.library.Library(name, "DEF")
     for operator in NAMES:
         operators.define(operator + _ops._SCHEMAS[operator])
+    operators.define("explain_recurrence" + _ops._EXPLAIN_SCHEMAS["explain_recurrence"])
     library.sim_register_operators(name.encode())
     return operators
 

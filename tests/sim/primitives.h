@@ -1,4 +1,4 @@
-// benchmarks/probes/primitives.cuh for a C++ compiler: the same names, by the simulator.
+// The part of csrc/cuda/primitives.cuh that is for a GPU, for a C++ compiler: the same names, by the simulator.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -1,7 +1,7 @@
 // Small kernels, one for each thing that the simulator can do. `fault` plants a mistake; 0 is the right kernel.
 #include <cstdint>
 
-#include "primitives.cuh"
+#include "cuda/primitives.cuh"
 #include "sim/library.h"
 
 namespace {

@@ -103,6 +103,36 @@ def test_tf32_is_taken_where_it_is_allowed(cell: str) -> None:
         assert 1e-6 < difference < 1e-2
 
 
+def recurrence(operators: torch.library.Library, case: Case, backward: bool = False) -> str:
+    """How it would run."""
+    op = getattr(torch.ops, operators.ns).explain_recurrence
+    kind = (case.cell == "LSTM", case.proj_size > 0, case.directions == 2)
+    return bytes(op(case.input, case.weights[0].weight_hh, *kind, backward, False).tolist()).decode()
+
+
+@pytest.mark.parametrize("variant", ["cluster", "grid:4"])
+def test_step_runs_what_the_others_cannot(
+    operators: torch.library.Library, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    monkeypatch.setenv("HSM_KERNELS_CUDA_VARIANT", variant)
+    for backward in (False, True):
+        for case, reason in [
+            (Case("GRU"), "only step runs float64"),
+            (Case("LSTM", proj_size=3, dtype=torch.float32), "only step runs a projection"),
+            (Case("LSTM", steps=0, dtype=torch.float32), "there are no steps to run"),
+        ]:
+            assert recurrence(operators, case, backward) == f"step: {reason}"
+    assert_right(Case("GRU"))
+
+
+def test_nothing_but_step_runs_unasked(operators: torch.library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HSM_KERNELS_CUDA_VARIANT", raising=False)
+    assert recurrence(operators, Case("GRU", dtype=torch.float32)) == "step: no other variant was asked for"
+    monkeypatch.setenv("HSM_KERNELS_CUDA_VARIANT", "cluster:three")
+    with pytest.raises(RuntimeError, match="HSM_KERNELS_CUDA_VARIANT must be step, cluster or grid"):
+        Case("GRU").forward()
+
+
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_modules(cell: str) -> None:
     """Several layers, from the module's call to the kernels."""

@@ -13,24 +13,25 @@ from test_ops import Case
 pytestmark = [needs_compiler, pytest.mark.slow]
 
 FORWARD, BACKWARD, LAYER = (f"csrc/cuda/{name}" for name in ("forward.cu", "backward.cu", "layer.cuh"))
+FORWARD_UNIT, BACKWARD_UNIT = (f"csrc/cuda/{name}" for name in ("forward.cuh", "backward.cuh"))
 PRODUCT = (
-    "        queue.multiply(through_transposed(weight_hh_, columns_, z_.hidden_out, "
+    "      queue.multiply(through_transposed(weight_hh_, columns_, z_.hidden_out, "
     "round_.state_h, round_.state_product));\n"
 )
-CELL = "        queue.run(forward_cell<T, kind>, units, round_);\n"
+CELL = "      queue.run(forward_cell<T, kind>, units, round_);\n"
 
 # The kernel, the file, what stands there, what is put in its place.
 FAULTS = [
     ("begin_forward", FORWARD, "place.direction == 0 && sequences.resets(0", "sequences.resets(0"),
-    ("forward_cell", FORWARD, "(s.state_product) + row * columns", "(s.state_product) + visit.sequence * columns"),
-    ("forward_cell, resets", FORWARD, "visit.reset ? load<T>(p.boundaries.reset_c, state) : c", "c"),
+    ("forward_cell", FORWARD, "+ row * gate_columns(z)", "+ visit.sequence * gate_columns(z)"),
+    ("forward_unit, resets", FORWARD_UNIT, "c = visit.reset ? reset_c : left", "c = left"),
     ("forward_projected", FORWARD, "(s.projected)[at]", "(s.projected)[place.row * z.hidden_out + place.unit]"),
     ("order of the forward pass", FORWARD, PRODUCT + CELL, CELL + PRODUCT),
     ("pieces of the forward pass", FORWARD, "d ? z_.steps - end : begin, end - begin", "begin, end - begin"),
     ("begin_backward", BACKWARD, "empty ? load<T>(p.grad_h_n, at) : 0", "0"),
     ("backward_projected", BACKWARD, "store<T>(s.grad_h, at, grad)", "store<T>(s.grad_h, at, 0)"),
-    ("backward_cell", BACKWARD, "is_lstm ? incoming : incoming + *carried", "incoming"),
-    ("backward_cell, detaches", BACKWARD, "!visit.to_reset && !sequences.detaches(edge, n)", "!visit.to_reset"),
+    ("backward_unit", BACKWARD_UNIT, "is_lstm ? incoming : incoming + carried", "incoming"),
+    ("backward visit, detaches", BACKWARD_UNIT, "!visit.to_reset && !sequences.detaches(edge, n)", "!visit.to_reset"),
     ("sum_lanes", BACKWARD, "lane < s.lanes; lane += s.batch", "lane < s.batch; lane += s.batch"),
     ("activate_gates", BACKWARD, "place.row * 4 * s.hidden", "place.row * 3 * s.hidden"),
     ("sum_slabs", BACKWARD, "load<T>(s.matrix, row * s", "load<T>(s.matrix, begin * s"),

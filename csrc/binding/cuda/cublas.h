@@ -5,7 +5,7 @@
 // library needs no header of cuBLAS and loads where torch has no CUDA.
 #pragma once
 
-#include "cuda/step.h"
+#include "cuda/passes.h"
 
 namespace hsm {
 namespace binding {

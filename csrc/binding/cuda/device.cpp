@@ -1,5 +1,8 @@
 #include "binding/cuda/device.h"
 
+#include <map>
+#include <mutex>
+
 namespace hsm {
 namespace binding {
 namespace {
@@ -54,10 +57,37 @@ void CudaDevice::check(cuda::Status status) const {
   STD_TORCH_CHECK(false, op_, ": CUDA error ", status, ", ", cuda::status_text(status), hint);
 }
 
+cuda::Setting CudaDevice::setting() const {
+  cuda::Setting setting;
+  setting.allow_tf32 = allow_tf32_;
+  const char* text = std::getenv("HSM_KERNELS_CUDA_VARIANT");
+  if (!text || !*text) return setting;
+  const auto request = cuda::parse_request(text);
+  STD_TORCH_CHECK(request, op_, ": HSM_KERNELS_CUDA_VARIANT must be step, cluster or grid, with a number of blocks as in cluster:8 if wanted, got ", text);
+  setting.request = *request;
+  if (request->variant == cuda::Variant::step) return setting;
+  static std::mutex mutex;
+  static std::map<int32_t, cuda::DeviceFacts> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index_);
+  if (found != known.end()) {
+    setting.device = found->second;
+  } else {
+    check(cuda::find_device_facts(setting.device));
+    known[index_] = setting.device;
+  }
+  return setting;
+}
+
+std::string CudaDevice::explain(const Sizes& sizes, cuda::PassKind pass) const {
+  return cuda::describe(cuda::plan_recurrence(sizes, sizes.batch, pass, setting()));
+}
+
 void CudaDevice::forward(ForwardParams& p) const {
-  const Tensor memory = workspace(cuda::forward_workspace(p));
+  const cuda::Setting way = setting();
+  const Tensor memory = workspace(cuda::forward_workspace(p, way));
   Cublas cublas(op_, allow_tf32_);
-  check(cuda::forward(p, memory.mutable_data_ptr(), cublas.products(), stream_));
+  check(cuda::forward(p, memory.mutable_data_ptr(), way, cublas.products(), stream_));
 }
 
 LayerGradients CudaDevice::backward(BackwardParams& p, const BackwardTensors& t) const {
@@ -75,9 +105,10 @@ LayerGradients CudaDevice::backward(BackwardParams& p, const BackwardTensors& t)
     layer.gradients.weight_hh[d] = results.weight_hh[d].mutable_data_ptr();
     layer.gradients.bias[d] = results.bias[d].mutable_data_ptr();
   }
-  const Tensor memory = workspace(cuda::backward_workspace(layer));
+  const cuda::Setting way = setting();
+  const Tensor memory = workspace(cuda::backward_workspace(layer, way));
   Cublas cublas(op_, allow_tf32_);
-  check(cuda::backward(layer, memory.mutable_data_ptr(), cublas.products(), stream_));
+  check(cuda::backward(layer, memory.mutable_data_ptr(), way, cublas.products(), stream_));
   return results;
 }
 

@@ -18,12 +18,16 @@ class CudaDevice {
   CudaDevice(const char* op, const Tensor& like, bool allow_tf32);
 
   Tensor empty(const Shape& shape) const;
+  // How the recurrence of a pass would run, in words: "cluster: ...".
+  std::string explain(const Sizes& sizes, cuda::PassKind pass) const;
   void forward(ForwardParams& p) const;
   LayerGradients backward(BackwardParams& p, const BackwardTensors& tensors) const;
 
  private:
   Tensor empty(const Shape& shape, int32_t dtype) const;
   Tensor workspace(size_t bytes) const;
+  // Read anew for each call: HSM_KERNELS_CUDA_VARIANT is for tests and benchmarks.
+  cuda::Setting setting() const;
   void check(cuda::Status status) const;
 
   const char* op_;

@@ -1,5 +1,6 @@
-// The step variant of the CUDA kernels: in every round, that is one step of every sequence, a product with the recurrent weights
-// and one kernel for everything else. It runs whatever the operators take; faster variants run less.
+// The passes of a layer on a GPU. The recurrence goes in rounds, each one step of every sequence: a product with the recurrent weights and one
+// kernel for everything else in the step variant, which runs whatever the operators take. plan.h says which other variant may take the place of
+// its rounds; all else is the same for all.
 //
 // All work is enqueued on the caller's stream. Nothing is allocated, read back or waited for, so a call can be captured in a CUDA
 // graph. Masks and lengths are read on the device only. So what the host does not know costs rounds: sequences that the masks cut
@@ -13,6 +14,7 @@
 #include <cstdint>
 
 #include "common/params.h"
+#include "cuda/plan.h"
 
 struct CUstream_st;
 
@@ -25,6 +27,9 @@ const char* status_text(Status status);
 
 // Versions as CUDA counts them (13000 is 13.0): of the runtime in this library, and the newest that the driver can serve.
 Status versions(int& runtime, int& driver);
+
+// Of the current device.
+Status find_device_facts(DeviceFacts& facts);
 
 Status fill(void* data, int byte, size_t bytes, CUstream_st* stream);
 
@@ -71,17 +76,21 @@ struct BackwardLayer {
 struct Limits {
   // The input's product of so many steps is still in the GPU's cache when the rounds read it.
   int64_t input_product_bytes = int64_t{32} << 20;
+  // A persistent variant loads the weights anew for each such piece.
+  int64_t persistent_input_product_bytes = int64_t{128} << 20;
   // The gradients of the pre-activations of one direction: rows enough for fast products over them.
   int64_t gate_gradient_bytes = int64_t{128} << 20;
 };
 
 // Each pass first says how many bytes of device memory it needs, aligned to 256 bytes; their contents do not matter. The schedule
 // of the parameters is not looked at, their input is contiguous, and all their pointers are to memory of the current device.
-size_t forward_workspace(const ForwardParams& params, const Limits& limits = {});
-Status forward(const ForwardParams& params, void* workspace, const Products& products, CUstream_st* stream, const Limits& limits = {});
+size_t forward_workspace(const ForwardParams& params, const Setting& setting, const Limits& limits = {});
+Status forward(const ForwardParams& params, void* workspace, const Setting& setting, const Products& products, CUstream_st* stream,
+               const Limits& limits = {});
 
-size_t backward_workspace(const BackwardLayer& layer, const Limits& limits = {});
-Status backward(const BackwardLayer& layer, void* workspace, const Products& products, CUstream_st* stream, const Limits& limits = {});
+size_t backward_workspace(const BackwardLayer& layer, const Setting& setting, const Limits& limits = {});
+Status backward(const BackwardLayer& layer, void* workspace, const Setting& setting, const Products& products, CUstream_st* stream,
+                const Limits& limits = {});
 
 }  // namespace cuda
 }  // namespace hsm

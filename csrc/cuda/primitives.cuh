@@ -1,4 +1,4 @@
-// Instructions of sm_90 that the probes use, and how kernels are launched that need each other: in clusters, or all at once.
+// Instructions of sm_90 and sm_80, and how kernels are launched that need each other: in clusters, or all at once.
 // The simulator of tests/sim has the same names for a C++ compiler.
 //
 //   launch_together(kernel, shape, together, stream, arguments...)   launch() with clusters, or cooperative

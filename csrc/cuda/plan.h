@@ -1,0 +1,68 @@
+// Which variant runs the recurrence of a pass, and how it shares it out. One table, read on the host, from the sizes of a call and from what the
+// device can do; nothing is tried out.
+//
+// `step` runs everything. A persistent variant runs what fits on the chip: one kernel goes through many rounds and keeps the recurrent
+// weights. None has been measured, so each runs only where it is asked for.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "common/params.h"
+
+namespace hsm {
+namespace cuda {
+
+enum class Variant { step, cluster, grid };
+const char* name_of(Variant variant);
+
+enum class PassKind { forward, backward };
+
+// What the current device can do, as far as it decides.
+struct DeviceFacts {
+  int capability;        // 10 * major + minor: of the device, or of the code for it where that was made for an older one
+  int multiprocessors;
+  int64_t shared_bytes;  // that a block may have
+  int largest_cluster;   // blocks
+};
+
+// A variant that was asked for, and of how many blocks its clusters or groups shall be; 0: as the table says.
+struct Request {
+  Variant variant = Variant::step;
+  int blocks = 0;
+};
+
+// Reads "step", "cluster", "cluster:8", "grid" and the like; nothing where it is none of them.
+std::optional<Request> parse_request(const char* text);
+
+// What a call takes place in.
+struct Setting {
+  Request request;
+  DeviceFacts device{};  // not looked at where nothing but `step` was asked for
+  bool allow_tf32 = false;
+};
+
+// What products with the recurrent weights are computed in.
+enum class Arithmetic { bfloat16, float16, tf32, float32 };
+
+struct Plan {
+  Variant variant = Variant::step;
+  Arithmetic arithmetic{};
+  int blocks = 0;  // of a cluster or group, which holds all weights of one direction
+  int rows = 0;    // sequences that it runs
+  int units = 0;   // of a block
+  int threads = 0;
+  int splits = 0;  // warps that share the depth of a product
+  int64_t shared_bytes = 0;
+  const char* reason = "";  // of the variant
+};
+
+// How the recurrence of a pass over `rows` sequences, or segments of them, would run.
+Plan plan_recurrence(const Sizes& sizes, int64_t rows, PassKind pass, const Setting& setting);
+
+// A plan in words.
+std::string describe(const Plan& plan);
+
+}  // namespace cuda
+}  // namespace hsm
