@@ -71,6 +71,8 @@ def test_sources_compile_without_spills(tmp_path: Path, source: str, arch: str) 
     assert kernels == len(re.findall(r"bytes spill stores", log)), log
     assert (kernels > 0) == ("HSM_KERNEL" in (ROOT / "csrc" / source).read_text())
     assert spills(log) == {}
+    # All shared memory is asked for at the launch, where the plan counts it.
+    assert not re.search(r"\d+ bytes smem", log)
 
 
 def test_spills_are_seen(tmp_path: Path) -> None:

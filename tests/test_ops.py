@@ -95,7 +95,7 @@ class Case:
         tensors = [self.input, *self.state, *self.reset_to, *(w for entry in self.weights for w in entry)]
         return [tensor for tensor in tensors if tensor is not None]
 
-    def arguments(self, training: bool = True) -> tuple[Any, ...]:
+    def arguments(self, training: bool = True, allow_tf32: bool = False) -> tuple[Any, ...]:
         """What the forward operator takes."""
         per_direction = 5 if self.cell == "LSTM" else 4
         flat = [tensor for entry in self.weights for tensor in entry[:per_direction]]
@@ -104,13 +104,13 @@ class Case:
         flags = (self.recompute, training)
         if self.cell == "LSTM":
             flags = (True, *flags)
-        return (self.input, *self.state, *flat, *boundaries, self.detach_every, False, *flags)
+        return (self.input, *self.state, *flat, *boundaries, self.detach_every, allow_tf32, *flags)
 
-    def forward(self, training: bool = True) -> tuple[Tensor, ...]:
+    def forward(self, training: bool = True, allow_tf32: bool = False) -> tuple[Tensor, ...]:
         """The operator's results, without the gates."""
         op = OPS.lstm_forward if self.cell == "LSTM" else OPS.gru_forward
         with torch.set_grad_enabled(training):
-            return op(*self.arguments(training))[:-1]
+            return op(*self.arguments(training, allow_tf32))[:-1]
 
     def by_reference(self) -> tuple[Tensor, ...]:
         """The same by the reference, in the same order."""

@@ -1,4 +1,5 @@
 // The forward pass: the products with the input, the step variant's rounds, and where a persistent variant takes their place.
+#include "cuda/cluster_passes.cuh"
 #include "cuda/forward.cuh"
 
 namespace hsm {
@@ -28,41 +29,40 @@ HSM_KERNEL(block_threads) begin_forward(HSM_ARGUMENT ForwardRound s) {
   }
 }
 
-// Keeps an element of the new hidden state for the next round, too.
+// Keeps an element of the new hidden state: as a result, and for the next round.
 template <class T>
-HSM_DEVICE void keep_hidden(const ForwardRound& s, const ForwardVisit& visit, int unit, Accumulator<T> value) {
+HSM_DEVICE void leave_hidden(const ForwardRound& s, const ForwardVisit& visit, int unit, Accumulator<T> value) {
   const int64_t at = state_of(visit, s.params.sizes) * s.params.sizes.hidden_out + unit;
-  const Accumulator<T> reset = visit.reset ? load<T>(s.params.boundaries.reset_h, at) : 0;
-  store<T>(s.state_h, at, leave_hidden<T>(s, visit, unit, value, load<T>(s.state_h, at), reset));
+  const Accumulator<T> h = load<T>(s.state_h, at), reset = visit.reset ? load<T>(s.params.boundaries.reset_h, at) : 0;
+  write_hidden<T>(s, visit, unit, value, h);
+  store<T>(s.state_h, at, next_state(visit, value, h, reset));
 }
 
 // Through the cell, from the two products.
 template <class T, CellKind kind>
 HSM_KERNEL(block_threads) forward_cell(HSM_ARGUMENT ForwardRound s) {
   using A = Accumulator<T>;
+  constexpr bool is_lstm = kind == CellKind::lstm;
   const ForwardParams& p = s.params;
   const Sizes& z = p.sizes;
   const Place place = place_of_thread(z.batch, z.hidden);
   if (!place.exists) return;
-  const ForwardVisit visit = visit_of(s, s.index, place.direction, place.row);
+  const ForwardVisit visit = visit_of(s, place.direction, place.row);
   const int unit = place.unit;
   const int64_t row = state_of(visit, z), state = row * z.hidden + unit;
 
-  A pre[4] = {0, 0, 0, 0}, h = 0, c = 0, reset_c = 0;
+  A pre[4] = {0, 0, 0, 0};
   if (visit.runs) {
     const A* product = static_cast<const A*>(s.state_product) + row * gate_columns(z);
     preactivations<T, kind>(p.weights[visit.direction], z.hidden, unit, input_of<T>(s, visit), product, pre);
   }
-  if constexpr (kind == CellKind::lstm) {
-    c = static_cast<const A*>(s.state_c)[state];
-    if (visit.reset) reset_c = load<T>(p.boundaries.reset_c, state);
-  } else {
-    h = load<T>(s.state_h, state);
-  }
-  const A hidden = forward_unit<T, kind>(s, visit, unit, pre, h, c, reset_c);
-  if constexpr (kind == CellKind::lstm) static_cast<A*>(s.state_c)[state] = c;
-  if (z.projection) return store<T>(s.cell_output, state, hidden);
-  keep_hidden<T>(s, visit, unit, hidden);
+  A* state_c = static_cast<A*>(s.state_c);
+  const A c = is_lstm ? state_c[state] : 0, h = is_lstm ? 0 : load<T>(s.state_h, state);
+  const UnitStep<A> out = forward_unit<kind>(visit, pre, h, c);
+  write_unit<T, kind>(s, visit, unit, out);
+  if (is_lstm) state_c[state] = next_state(visit, out.c, c, visit.reset ? load<T>(p.boundaries.reset_c, state) : A{0});
+  if (z.projection) return store<T>(s.cell_output, state, out.h);
+  leave_hidden<T>(s, visit, unit, out.h);
 }
 
 // Behind the projection.
@@ -72,7 +72,7 @@ HSM_KERNEL(block_threads) forward_projected(HSM_ARGUMENT ForwardRound s) {
   const Place place = place_of_thread(z.batch, z.hidden_out);
   if (!place.exists) return;
   const int64_t at = (place.direction * z.batch + place.row) * z.hidden_out + place.unit;
-  keep_hidden<T>(s, visit_of(s, s.index, place.direction, place.row), place.unit, static_cast<const Accumulator<T>*>(s.projected)[at]);
+  leave_hidden<T>(s, visit_of(s, place.direction, place.row), place.unit, static_cast<const Accumulator<T>*>(s.projected)[at]);
 }
 
 class ForwardPass {
@@ -119,6 +119,8 @@ class ForwardPass {
   // Rounds [begin, end), whose input products are there. They start from the states in `round_`, and leave theirs there.
   template <class T, CellKind kind>
   void run_rounds(Queue& queue, int64_t begin, int64_t end) {
+    if (plan_.variant == Variant::cluster)
+      return queue.take([&](cudaStream_t stream) { return cluster_forward(round_, begin, end, plan_, stream); });
     const LaunchShape units = one_thread_each(z_.batch, z_.hidden, z_.directions);
     for (int64_t r = begin; r < end && queue.ok(); ++r) {
       round_.index = r;

@@ -27,12 +27,25 @@ struct ForwardVisit {
   bool reset;  // the state is replaced before it enters the next round
 };
 
-HSM_DEVICE ForwardVisit visit_of(const ForwardRound& s, int64_t index, int direction, int64_t n) {
-  const Sequences sequences{s.params.boundaries, s.params.sizes.steps};
-  const int64_t steps = s.params.sizes.steps, step = direction ? steps - 1 - index : index;
-  // The edge to the next round's step. Behind the last round there is none, and nothing reads what would enter it.
-  const bool reset = sequences.resets(direction ? step : step + 1, n);
-  return {direction, n, step, step < sequences.length(n), index == steps - 1, reset};
+HSM_DEVICE int64_t step_of(const Sizes& z, int64_t index, int direction) { return direction ? z.steps - 1 - index : index; }
+
+// Whether the edge from a round's step to the next round's resets. Behind the last round there is none, and nothing reads what would enter it.
+HSM_DEVICE bool resets_behind(const ForwardRound& s, int64_t index, int direction, int64_t n) {
+  const int64_t step = step_of(s.params.sizes, index, direction);
+  return Sequences{s.params.boundaries, s.params.sizes.steps}.resets(direction ? step : step + 1, n);
+}
+
+HSM_DEVICE bool runs(const ForwardRound& s, int64_t index, int direction, int64_t n) {
+  return step_of(s.params.sizes, index, direction) < Sequences{s.params.boundaries, s.params.sizes.steps}.length(n);
+}
+
+// `reset`: resets_behind.
+HSM_DEVICE ForwardVisit visit_of(const Sizes& z, int64_t index, int direction, int64_t n, bool runs, bool reset) {
+  return {direction, n, step_of(z, index, direction), runs, index == z.steps - 1, reset};
+}
+
+HSM_DEVICE ForwardVisit visit_of(const ForwardRound& s, int direction, int64_t n) {
+  return visit_of(s.params.sizes, s.index, direction, n, runs(s, s.index, direction, n), resets_behind(s, s.index, direction, n));
 }
 
 // Where the states and the results of a step of one direction of a sequence begin, in units of H or Hout elements.
@@ -49,41 +62,52 @@ HSM_DEVICE const Accumulator<T>* input_of(const ForwardRound& s, const ForwardVi
   return static_cast<const Accumulator<T>*>(s.input_product[d]) + row * gate_columns(s.params.sizes);
 }
 
-// One unit through the cell, from its pre-activations and the `h` and `c` that entered the step: writes the results other than those of h, makes
-// `c` what enters the next round, and returns the unit's new h, before a projection. `pre` is looked at only where the step runs.
+// What a unit's step gives: the activated gates, and c and h behind it, h before a projection. Where the step does not run, c is what entered.
+template <class A>
+struct UnitStep {
+  A gates[4];
+  A c, h;
+};
+
+// One unit through the cell, from its pre-activations, which are looked at only where the step runs, and from the state that entered.
+template <CellKind kind, class A>
+HSM_DEVICE UnitStep<A> forward_unit(const ForwardVisit& visit, const A (&pre)[4], A h, A c) {
+  UnitStep<A> out{{0, 0, 0, 0}, c, 0};
+  if (!visit.runs) return out;
+  activate<kind>(pre, out.gates);
+  const A(&gates)[4] = out.gates;
+  if constexpr (kind == CellKind::lstm)
+    lstm_cell_forward<Math>(LstmGates<A>{gates[0], gates[1], gates[2], gates[3]}, c, out.c, out.h);
+  else
+    out.h = gru_cell_forward(GruGates<A>{gates[0], gates[1], gates[2], gates[3]}, h);
+  return out;
+}
+
+// Its results other than those of h.
 template <class T, CellKind kind>
-HSM_DEVICE Accumulator<T> forward_unit(const ForwardRound& s, const ForwardVisit& visit, int unit, const Accumulator<T> (&pre)[4],
-                                       Accumulator<T> h, Accumulator<T>& c, Accumulator<T> reset_c) {
-  using A = Accumulator<T>;
+HSM_DEVICE void write_unit(const ForwardRound& s, const ForwardVisit& visit, int unit, const UnitStep<Accumulator<T>>& out) {
   const ForwardParams& p = s.params;
   const Sizes& z = p.sizes;
   const int64_t place = place_of(visit, z);
-  A gates[4] = {0, 0, 0, 0}, hidden = 0;
-  if (visit.runs) activate<kind>(pre, gates);
-  if (p.gates) store_gates<T>(p.gates, place * 4 * z.hidden + unit, z.hidden, gates);
+  if (p.gates) store_gates<T>(p.gates, place * 4 * z.hidden + unit, z.hidden, out.gates);
   if constexpr (kind == CellKind::lstm) {
-    A left = c;
-    if (visit.runs) {
-      lstm_cell_forward<Math>(LstmGates<A>{gates[0], gates[1], gates[2], gates[3]}, c, left, hidden);
-      c = visit.reset ? reset_c : left;
-    }
-    if (p.c_states) store<T>(p.c_states, place * z.hidden + unit, visit.runs ? left : 0);
-    if (visit.last) store<T>(p.c_n, state_of(visit, z) * z.hidden + unit, left);
-  } else if (visit.runs) {
-    hidden = gru_cell_forward(GruGates<A>{gates[0], gates[1], gates[2], gates[3]}, h);
+    if (p.c_states) store<T>(p.c_states, place * z.hidden + unit, visit.runs ? out.c : 0);
+    if (visit.last) store<T>(p.c_n, state_of(visit, z) * z.hidden + unit, out.c);
   }
-  return hidden;
 }
 
-// Keeps an element of the new hidden state as a result. Returns what enters the next round, where `h` entered this one.
+// An element of h as a result; `h` entered the step, or enters the next one: where the step does not run it is the same.
 template <class T>
-HSM_DEVICE Accumulator<T> leave_hidden(const ForwardRound& s, const ForwardVisit& visit, int unit, Accumulator<T> value, Accumulator<T> h,
-                                       Accumulator<T> reset_h) {
+HSM_DEVICE void write_hidden(const ForwardRound& s, const ForwardVisit& visit, int unit, Accumulator<T> value, Accumulator<T> h) {
   const Sizes& z = s.params.sizes;
   store<T>(s.params.output, place_of(visit, z) * z.hidden_out + unit, visit.runs ? value : 0);
   if (visit.last) store<T>(s.params.h_n, state_of(visit, z) * z.hidden_out + unit, visit.runs ? value : h);
-  if (!visit.runs) return h;
-  return visit.reset ? reset_h : widen(narrow<T>(value));
+}
+
+// What enters the next round, where `entered` entered this one, which makes `value` of it.
+template <class A>
+HSM_DEVICE A next_state(const ForwardVisit& visit, A value, A entered, A reset) {
+  return !visit.runs ? entered : visit.reset ? reset : value;
 }
 
 }  // namespace cuda

@@ -161,6 +161,11 @@ class Queue {
   void copy(void* to, const void* from, int64_t bytes) {
     if (ok()) status_ = copy_async(to, from, static_cast<size_t>(bytes), stream_);
   }
+  // Work that enqueue() puts on a stream itself.
+  template <class Enqueue>
+  void take(Enqueue enqueue) {
+    if (ok()) status_ = enqueue(stream_);
+  }
   bool ok() const { return status_ == cudaSuccess; }
   cudaError_t status() const { return status_; }
 

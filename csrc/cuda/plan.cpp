@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/cluster.h"
+
 namespace hsm {
 namespace cuda {
 namespace {
@@ -17,6 +19,52 @@ Arithmetic arithmetic_of(ScalarKind dtype, bool allow_tf32) {
   if (dtype == ScalarKind::bfloat16) return Arithmetic::bfloat16;
   if (dtype == ScalarKind::float16) return Arithmetic::float16;
   return allow_tf32 ? Arithmetic::tf32 : Arithmetic::float32;
+}
+
+constexpr int cluster_sizes[] = {1, 2, 4, 8, 16};
+// Larger ones only where it keeps weights in registers, or where smaller ones do not hold them: the more blocks, the longer the exchange, and the
+// fewer clusters find room on the chip.
+constexpr int preferred_cluster = 8;
+
+std::optional<Plan> cluster_of(const Sizes& z, Arithmetic arithmetic, int blocks, int column_tiles, int64_t shared_bytes) {
+  const ClusterForwardShape shape = cluster_forward_shape(arithmetic, z.hidden, blocks, column_tiles);
+  const bool all_have_units = (blocks - 1) * shape.units < z.hidden;
+  if (!all_have_units || shape.warps() > most_cluster_warps || shape.shared_bytes() > shared_bytes) return {};
+  Plan plan;
+  plan.variant = Variant::cluster;
+  plan.arithmetic = arithmetic;
+  plan.blocks = blocks;
+  plan.rows = shape.sequences();
+  plan.units = shape.units;
+  plan.all_in_registers = shape.blocks_in_shared() == 0;
+  plan.threads = 32 * shape.warps();
+  plan.shared_bytes = shape.shared_bytes();
+  return plan;
+}
+
+// With few sequences as many blocks as there is room for share the work of a cluster; with many as few as hold the weights.
+Plan plan_cluster(const Sizes& z, int64_t rows, PassKind pass, const Setting& setting) {
+  const DeviceFacts& device = setting.device;
+  if (device.capability < 90) return step("clusters need compute capability 9.0, and code for it");
+  if (pass == PassKind::backward) return step("there is no cluster variant of the backward pass");
+  const Arithmetic arithmetic = arithmetic_of(z.dtype, setting.allow_tf32);
+  std::optional<Plan> fewest;
+  for (int column_tiles = 1; column_tiles <= most_column_tiles; ++column_tiles) {
+    std::optional<Plan> best;
+    fewest.reset();
+    for (const int blocks : cluster_sizes) {
+      if (blocks > device.largest_cluster || (setting.request.blocks && blocks != setting.request.blocks)) continue;
+      const std::optional<Plan> plan = cluster_of(z, arithmetic, blocks, column_tiles, device.shared_bytes);
+      if (!plan) continue;
+      if (!fewest) fewest = plan;
+      const int64_t clusters = z.directions * ((rows + plan->rows - 1) / plan->rows);
+      const bool worth_it = blocks <= preferred_cluster || !best || (plan->all_in_registers && !best->all_in_registers);
+      if (worth_it && clusters * blocks <= device.multiprocessors) best = plan;
+    }
+    if (best) return *best;
+  }
+  if (fewest) return *fewest;
+  return step("the recurrent weights do not fit into such a cluster");
 }
 
 constexpr Variant variants[] = {Variant::step, Variant::cluster, Variant::grid};
@@ -46,20 +94,19 @@ std::optional<Request> parse_request(const char* text) {
   return {};
 }
 
-Plan plan_recurrence(const Sizes& sizes, int64_t rows, PassKind, const Setting& setting) {
+Plan plan_recurrence(const Sizes& sizes, int64_t rows, PassKind pass, const Setting& setting) {
   if (setting.request.variant == Variant::step) return step("no other variant was asked for");
   if (sizes.steps == 0 || rows == 0) return step("there are no steps to run");
   if (sizes.dtype == ScalarKind::float64) return step("only step runs float64");
   if (sizes.projection) return step("only step runs a projection");
-  Plan plan = step("the variant that was asked for runs nothing yet");
-  plan.arithmetic = arithmetic_of(sizes.dtype, setting.allow_tf32);
-  return plan;
+  if (setting.request.variant == Variant::cluster) return plan_cluster(sizes, rows, pass, setting);
+  return step("there is no grid variant");
 }
 
 std::string describe(const Plan& plan) {
   if (plan.variant == Variant::step) return std::string("step: ") + plan.reason;
-  return std::string(name_of(plan.variant)) + ": " + plan.reason + ", " + std::to_string(plan.blocks) + " blocks for every " +
-         std::to_string(plan.rows) + " sequences, each with " + std::to_string(plan.units) + " units";
+  return std::string(name_of(plan.variant)) + ": as was asked for; " + std::to_string(plan.blocks) + " blocks share " +
+         std::to_string(plan.rows) + " sequences, each has " + std::to_string(plan.units) + " units";
 }
 
 }  // namespace cuda

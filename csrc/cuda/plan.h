@@ -52,10 +52,10 @@ struct Plan {
   int blocks = 0;  // of a cluster or group, which holds all weights of one direction
   int rows = 0;    // sequences that it runs
   int units = 0;   // of a block
+  bool all_in_registers = false;  // the weights
   int threads = 0;
-  int splits = 0;  // warps that share the depth of a product
   int64_t shared_bytes = 0;
-  const char* reason = "";  // of the variant
+  const char* reason = "";  // for `step`
 };
 
 // How the recurrence of a pass over `rows` sequences, or segments of them, would run.

@@ -1,7 +1,10 @@
 // Instructions of sm_90 and sm_80, and how kernels are launched that need each other: in clusters, or all at once.
 // The simulator of tests/sim has the same names for a C++ compiler.
 //
-//   launch_together(kernel, shape, together, stream, arguments...)   launch() with clusters, or cooperative
+// HSM_HAS_CLUSTERS: the code at hand is for GPUs that have them; elsewhere those instructions must not be used.
+//
+//   launch_together(kernel, shape, together, stream, arguments...)   launch() with clusters, or cooperative, and with all the shared memory and
+//                                                                    the blocks of a cluster that the GPU can give
 //   cluster_rank() cluster_blocks() cluster_arrive() cluster_wait()
 //   map_to_rank(address, rank)             the same place in the shared memory of another block of the cluster
 //   mbarrier_...                           a barrier in shared memory that also counts bytes
@@ -9,6 +12,10 @@
 //   load_relaxed, store_relaxed            16 bytes of global memory, word by word, seen by all blocks
 //   fence()                                what was written before it is seen before what is written after it
 //   mma_bf16(d, a, b) mma_fp16 mma_tf32    D += A B by one warp: m16n8k16, and m16n8k8 for TF32
+//   round_to_tf32(x)                       the operand of mma_tf32 that is nearest to x
+//   sync_warp()                            lanes of a warp meet, and see what the others wrote
+//   shuffle_xor(value, bits)               the value of the lane whose number differs in these bits
+//   trap()                                 ends the kernel with an error
 //   let_next_kernel_start() wait_for_kernel_before()   of kernels that are launched to overlap
 #pragma once
 
@@ -34,6 +41,10 @@ using Mbarrier = uint64_t;
 }  // namespace cuda
 }  // namespace hsm
 
+#if defined(HSM_SIMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define HSM_HAS_CLUSTERS
+#endif
+
 #ifdef HSM_SIMULATOR
 #include "sim/primitives.h"
 #else
@@ -44,6 +55,14 @@ namespace cuda {
 template <class... Arguments>
 cudaError_t launch_together(void (*kernel)(Arguments...), const LaunchShape& shape, Together together, cudaStream_t stream,
                             const Arguments&... arguments) {
+  // A kernel must say so before it may have more than this.
+  constexpr size_t shared_bytes = 48 << 10;
+  constexpr unsigned blocks = 8;
+  cudaError_t status = cudaSuccess;
+  if (shape.shared_bytes > shared_bytes)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+  if (status == cudaSuccess && together.cluster > blocks) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (status != cudaSuccess) return status;
   cudaLaunchAttribute attributes[3]{};
   unsigned count = 0;
   if (together.cluster > 1) {
@@ -139,6 +158,18 @@ HSM_DEVICE void store_relaxed(Words4* address, const Words4& value) {
                "r"(value.w)
                : "memory");
 }
+
+HSM_DEVICE float round_to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+HSM_DEVICE void sync_warp() { __syncwarp(); }
+template <class T>
+HSM_DEVICE T shuffle_xor(T value, unsigned bits) {
+  return __shfl_xor_sync(0xffffffffu, value, bits);
+}
+HSM_DEVICE void trap() { __trap(); }
 
 HSM_DEVICE void fence() { __threadfence(); }
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from simulator import ROOT, Build, Library
+from test_ops import Case
 
 from hsm_kernels import _ops
 
@@ -28,10 +29,20 @@ BINDING_SOURCES = (
 NAMES = ("lstm_forward", "lstm_backward", "gru_forward", "gru_backward")
 
 BUILD = Build(CUDA_SOURCES, torch_sources=BINDING_SOURCES)
+_ONE_TO_SIX_ROUNDS = "persistent_input_product_bytes = 1 << 17"
+_LITTLE_ROOM = [
+    ("csrc/cuda/passes.h", "int64_t{32} << 20", "1024"),
+    ("csrc/cuda/passes.h", "persistent_input_product_bytes = int64_t{128} << 20", _ONE_TO_SIX_ROUNDS),
+    ("csrc/cuda/passes.h", "int64_t{128} << 20", "1024"),
+    ("csrc/cuda/cluster.h", "column_tiles == 1 ? 8 : 5", "1"),
+    ("csrc/cuda/plan.cpp", "<= device.multiprocessors", "<= device.multiprocessors / 8"),
+]
 #: The same with so little memory for products over many steps that both passes go through every call in pieces.
+#: Persistent kernels have little room there, too: few weights in registers, and so few multiprocessors that a block
+#: takes many sequences.
 IN_PIECES = BUILD
-for _limit in ("int64_t{32} << 20", "int64_t{128} << 20", "int64_t{128} << 20"):
-    IN_PIECES = IN_PIECES.patched("csrc/cuda/passes.h", _limit, "1024")
+for _change in _LITTLE_ROOM:
+    IN_PIECES = IN_PIECES.patched(*_change)
 
 _numbers = itertools.count()
 
@@ -45,6 +56,15 @@ def register(library: Library) -> torch.library.Library:
     operators.define("explain_recurrence" + _ops._EXPLAIN_SCHEMAS["explain_recurrence"])
     library.sim_register_operators(name.encode())
     return operators
+
+
+def recurrence(
+    operators: torch.library.Library, case: Case, backward: bool = False, allow_tf32: bool = False
+) -> str:
+    """How that of a case would run, in words."""
+    op = getattr(torch.ops, operators.ns).explain_recurrence
+    kind = (case.cell == "LSTM", case.proj_size > 0, case.directions == 2)
+    return bytes(op(case.input, case.weights[0].weight_hh, *kind, backward, allow_tf32).tolist()).decode()
 
 
 @contextmanager

@@ -50,6 +50,14 @@ inline void store_relaxed(Words4* address, const Words4& value) {
   sim::progress();
 }
 
+inline float round_to_tf32(float x) { return sim::round_to_tf32(x); }
+inline void sync_warp(sim::Where where = sim::Where::here()) { sim::sync_warp(sim::all_lanes, where); }
+template <class T>
+T shuffle_xor(T value, unsigned bits, sim::Where where = sim::Where::here()) {
+  return sim::shuffle(sim::all_lanes, value, sim::position().lane ^ bits, where);
+}
+inline void trap() { sim::fail("trap"); }
+
 // Memory is one here, and kernels run one after the other.
 inline void fence() {}
 inline void let_next_kernel_start() {}

@@ -12,7 +12,7 @@ from build_helpers import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import BOUNDARIES, CELLS, DTYPES, SHAPES, assert_right
-from operators import BUILD, IN_PIECES, register, simulated
+from operators import BUILD, IN_PIECES, recurrence, register, simulated
 from simulator import SANITIZED, Library, sanitized_environment
 from test_ops import LOW_PRECISION, Case, cases
 
@@ -91,23 +91,13 @@ def test_schedules_do_not_change_a_bit(simulator: Library, cell: str, proj_size:
 def test_tf32_is_taken_where_it_is_allowed(cell: str) -> None:
     """In both passes; the stand-in for cuBLAS rounds as TF32 does."""
     case = Case(cell, hidden=20, dtype=torch.float32)
-    plain = case.arguments()
-    flag = len(plain) - (4 if cell == "LSTM" else 3)
-    assert plain[flag] is False
     results = []
-    for arguments in (plain, (*plain[:flag], True, *plain[flag + 1 :])):
-        outputs = getattr(torch.ops.hsm_kernels, f"{cell.lower()}_forward")(*arguments)[:-1]
+    for allowed in (False, True):
+        outputs = case.forward(allow_tf32=allowed)
         results.append((*outputs, *case.gradients(outputs)))
     for exact, rounded in zip(*results, strict=True):
         difference = (exact - rounded).abs().max() / exact.abs().max()
         assert 1e-6 < difference < 1e-2
-
-
-def recurrence(operators: torch.library.Library, case: Case, backward: bool = False) -> str:
-    """How it would run."""
-    op = getattr(torch.ops, operators.ns).explain_recurrence
-    kind = (case.cell == "LSTM", case.proj_size > 0, case.directions == 2)
-    return bytes(op(case.input, case.weights[0].weight_hh, *kind, backward, False).tolist()).decode()
 
 
 @pytest.mark.parametrize("variant", ["cluster", "grid:4"])

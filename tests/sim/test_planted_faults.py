@@ -24,7 +24,7 @@ CELL = "      queue.run(forward_cell<T, kind>, units, round_);\n"
 FAULTS = [
     ("begin_forward", FORWARD, "place.direction == 0 && sequences.resets(0", "sequences.resets(0"),
     ("forward_cell", FORWARD, "+ row * gate_columns(z)", "+ visit.sequence * gate_columns(z)"),
-    ("forward_unit, resets", FORWARD_UNIT, "c = visit.reset ? reset_c : left", "c = left"),
+    ("forward_cell, resets", FORWARD, "visit.reset ? load<T>(p.boundaries.reset_c, state) : A{0}", "out.c"),
     ("forward_projected", FORWARD, "(s.projected)[at]", "(s.projected)[place.row * z.hidden_out + place.unit]"),
     ("order of the forward pass", FORWARD, PRODUCT + CELL, CELL + PRODUCT),
     ("pieces of the forward pass", FORWARD, "d ? z_.steps - end : begin, end - begin", "begin, end - begin"),
@@ -75,3 +75,72 @@ def test_is_found(faulty: None) -> None:
         except (AssertionError, RuntimeError):
             return
     pytest.fail("the fault was not found")
+
+
+# --------------------------------------------------------------------------------------------------- persistent kernels
+
+CLUSTER_FORWARD = "csrc/cuda/cluster_forward.cu"
+
+# Each is found by cases of bfloat16, so nothing else is compiled.
+ONE_PRECISION = IN_PIECES
+for _line in (
+    "    case Arithmetic::float16: return function(std::integral_constant<Arithmetic, Arithmetic::float16>{});\n",
+    "    case Arithmetic::tf32: return function(std::integral_constant<Arithmetic, Arithmetic::tf32>{});\n",
+):
+    ONE_PRECISION = ONE_PRECISION.patched("csrc/cuda/cluster_passes.cuh", _line, "")
+ONE_PRECISION = ONE_PRECISION.patched(
+    "csrc/cuda/cluster_passes.cuh",
+    "return function(std::integral_constant<Arithmetic, Arithmetic::float32>{})",
+    "return cudaErrorInvalidValue",
+)
+
+VARIANT_FAULTS = [
+    ("forward, no wait", CLUSTER_FORWARD, "    mbarrier_wait(barrier, static_cast<unsigned>(i - 1) / 2 % 2);\n", ""),
+    ("forward, parity", CLUSTER_FORWARD, "static_cast<unsigned>(i - 1) / 2 % 2", "static_cast<unsigned>(i) / 2 % 2"),
+    ("forward, sent to the wrong buffer", CLUSTER_FORWARD, "(h_of(i + 1))", "(h_of(i))"),
+    ("forward, credited to the wrong barrier", CLUSTER_FORWARD, "barriers_ + (i + 1) % 2", "barriers_ + i % 2"),
+    ("forward, expected once only", CLUSTER_FORWARD, "i + 2 < rounds", "i + 2 < 0"),
+    ("forward, one outbox", CLUSTER_FORWARD, "    sync_warp();\n", ""),
+    ("forward, sums not shared yet", CLUSTER_FORWARD, "    sync_threads();\n", ""),
+    ("forward, not started", CLUSTER_FORWARD, "init();\n    cluster_arrive();\n    cluster_wait();\n", "init();"),
+    ("forward, split of the depth", CLUSTER_FORWARD, "h_of(i) + split_", "h_of(i) + group_"),
+    ("forward, resets", CLUSTER_FORWARD, "out.h, h, reset_h_[n][column])", "out.h, h, out.h)"),
+    ("forward, states of a piece", CLUSTER_FORWARD, "    leave_states();\n", ""),
+    ("forward, zeros behind the units", CLUSTER_FORWARD, "      h_of(1)[i] = 0;\n", ""),
+]
+
+
+@pytest.fixture(params=VARIANT_FAULTS, ids=[name for name, *_ in VARIANT_FAULTS])
+def faulty_variant(
+    request: pytest.FixtureRequest, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    _, name, old, new = request.param
+    library = ONE_PRECISION.patched(name, old, new).load()
+    library.set_seed(0)
+    monkeypatch.setenv("HSM_KERNELS_CUDA_VARIANT", "cluster")
+    with simulated(register(library)):
+        yield
+
+
+def variant_witnesses() -> Iterator[Case]:
+    for hidden, batch in [(44, 3), (70, 9), (60, 20)]:
+        for cell in ("LSTM", "GRU"):
+            yield Case(cell, 6, batch, hidden=hidden, directions=2, dtype=torch.bfloat16, **BOUNDARIES["all of them"])
+
+
+def test_is_found_in_a_variant(faulty_variant: None) -> None:
+    torch.set_num_threads(1)
+    for case in variant_witnesses():
+        try:
+            assert_right(case)
+        except (AssertionError, RuntimeError):
+            return
+    pytest.fail("the fault was not found")
+
+
+def test_without_a_fault(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    """What finds the faults of the variants finds none where there is none."""
+    monkeypatch.setenv("HSM_KERNELS_CUDA_VARIANT", "cluster")
+    with simulated(register(ONE_PRECISION.load())):
+        for case in variant_witnesses():
+            assert_right(case)

@@ -1,0 +1,365 @@
+// The forward recurrence by clusters of blocks. A cluster goes through all rounds for some sequences of one direction; clusters know nothing of each
+// other. In a round each warp multiplies its units' weights, which it keeps, with the h of all units, takes its units through the cell, and sends
+// their h to all blocks of the cluster.
+//
+// h lies in two buffers in turn, for even and for odd rounds, each with a barrier that counts the bytes as they come; nothing else is waited
+// for. A buffer is written again only once every warp of every block has read it: h of the next round has then come from all of them.
+#include "cuda/cluster_passes.cuh"
+#include "cuda/forward.cuh"
+#include "cuda/tiles.cuh"
+
+namespace hsm {
+namespace cuda {
+namespace {
+
+struct ForwardClusters {
+  ForwardRound round;
+  int64_t begin, end;  // rounds
+  ClusterForwardShape shape;
+};
+
+template <Arithmetic arithmetic, CellKind kind, int n_tiles>
+class ForwardWarp {
+ public:
+  HSM_DEVICE explicit ForwardWarp(const ForwardClusters& s) : s_(s), z_(s.round.params.sizes), shape_(s.shape), storage_(shared_storage<char>()) {
+    const int warp = static_cast<int>(thread() / 32);
+    rank_ = static_cast<int>(cluster_rank());
+    group_ = warp / shape_.splits, split_ = warp % shape_.splits;
+    direction_ = static_cast<int>(block_y());
+    first_sequence_ = static_cast<int64_t>(block_x()) / shape_.blocks * shape_.sequences();
+    unit_ = rank_ * shape_.units + group_ * tile_units + static_cast<int>(lane()) / 4;
+    warp_fragments_ = reinterpret_cast<Words4*>(storage_) + warp * shape_.blocks_in_shared() * 4 * 32;
+    sums_ = reinterpret_cast<float*>(storage_ + shape_.sums());
+    outbox_ = storage_ + shape_.outbox() + warp * n_tiles * tile_sequences * tile_units * sizeof(E);
+    barriers_ = reinterpret_cast<Mbarrier*>(storage_ + shape_.barriers());
+  }
+
+  HSM_DEVICE void run() {
+    const int rounds = static_cast<int>(s_.end - s_.begin);
+    set_up(rounds);
+    Round next = look_at(s_.begin);
+    for (int i = 0; i < rounds; ++i) {
+      TileSums sums[2][n_tiles] = {};
+      add_input(next, sums);
+      const Flags flags = next.flags;
+      if (i + 1 < rounds) next = look_at(s_.begin + i + 1);
+      if (i > 0) receive(i, rounds);
+      multiply(i, sums);
+      if (shape_.splits > 1) share_sums(sums);
+      step(i, rounds, flags, sums);
+    }
+    leave_states();
+    // Nobody may leave while others may still write to its memory.
+    cluster_arrive();
+    cluster_wait();
+  }
+
+ private:
+  using T = Element<arithmetic>;
+  using E = T;
+  static constexpr bool tensor_cores = arithmetic != Arithmetic::float32;
+  static constexpr int kept_blocks = tensor_cores ? register_blocks(n_tiles) : 0;
+
+  // A bit for each column of each tile.
+  struct Flags {
+    unsigned runs, resets;
+  };
+  // What a round reads of memory for the lane's unit in its two columns of each tile.
+  struct Round {
+    float input[n_tiles][2][4];
+    Flags flags;
+  };
+
+  HSM_DEVICE bool owns(int n) const { return n % shape_.splits == split_; }
+  HSM_DEVICE int64_t sequence(int n, int column) const {
+    return first_sequence_ + tile_sequences * n + 2 * (static_cast<int>(lane()) % 4) + column;
+  }
+  HSM_DEVICE bool exists(int n, int column) const { return unit_ < z_.hidden && sequence(n, column) < z_.batch; }
+  HSM_DEVICE int64_t state_at(int n, int column) const { return (direction_ * z_.batch + sequence(n, column)) * z_.hidden + unit_; }
+  HSM_DEVICE uint32_t* h_of(int round) const { return reinterpret_cast<uint32_t*>(storage_ + shape_.h() + round % 2 * shape_.h_bytes()); }
+
+  HSM_DEVICE ForwardVisit visit_of(int64_t index, const Flags& flags, int n, int column) const {
+    const int bit = 2 * n + column;
+    return cuda::visit_of(z_, index, direction_, sequence(n, column), flags.runs >> bit & 1, flags.resets >> bit & 1);
+  }
+
+  // Calls function(n, column) for what the lane computes and what exists.
+  template <class Function>
+  HSM_DEVICE void for_each(Function function) const {
+#pragma unroll
+    for (int n = 0; n < n_tiles; ++n)
+#pragma unroll
+      for (int column = 0; column < 2; ++column)
+        if (owns(n) && exists(n, column)) function(n, column);
+  }
+
+  HSM_DEVICE void set_up(int rounds) {
+    if (thread() == 0)
+      for (int b = 0; b < 2; ++b) {
+        mbarrier_init(barriers_ + b, 1);
+        if (rounds > 2 - b) mbarrier_arrive_expect(barriers_ + b, bytes_of_round());
+      }
+    load_weights();
+    load_h();
+    load_states();
+    mbarrier_fence_init();
+    cluster_arrive();
+    cluster_wait();
+  }
+
+  HSM_DEVICE unsigned bytes_of_round() const { return static_cast<unsigned>(shape_.bytes_of_round()); }
+
+  // The words that the lane multiplies of a gate's row of the recurrent weights, in one block.
+  HSM_DEVICE Words4 words_of_gate(int gate, int block) const {
+    if (unit_ >= z_.hidden || gate >= (kind == CellKind::lstm ? 4 : 3)) return {0, 0, 0, 0};
+    const E* row = static_cast<const E*>(s_.round.params.weights[direction_].weight_hh) + (int64_t{gate} * z_.hidden + unit_) * z_.hidden;
+    const int word = block * block_words + 4 * (static_cast<int>(lane()) % 4);
+    return {word_of_row<arithmetic>(row, word, z_.hidden), word_of_row<arithmetic>(row, word + 1, z_.hidden),
+            word_of_row<arithmetic>(row, word + 2, z_.hidden), word_of_row<arithmetic>(row, word + 3, z_.hidden)};
+  }
+
+  // Two gates of the group's units.
+  HSM_DEVICE BlockFragments fragments_of_gates(int tile, int block) const {
+    return fragments_of(words_of_gate(2 * tile, split_ * shape_.depth + block), words_of_gate(2 * tile + 1, split_ * shape_.depth + block));
+  }
+
+  HSM_DEVICE void load_weights() {
+#pragma unroll
+    for (int block = 0; block < kept_blocks; ++block)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+        if (block < shape_.depth) kept_[block][tile] = fragments_of_gates(tile, block);
+    for (int block = kept_blocks; block < shape_.depth; ++block)
+      for (int tile = 0; tile < 2; ++tile) put_fragments(fragments_at(tile, block), fragments_of_gates(tile, block));
+  }
+  HSM_DEVICE Words4* fragments_at(int tile, int block) const { return warp_fragments_ + ((block - kept_blocks) * 2 + tile) * 2 * 32; }
+
+  // What enters the first round, of all units, and zeros behind them, which nobody overwrites.
+  HSM_DEVICE void load_h() {
+    const int words = shape_.row_words, all = shape_.sequences() * words;
+    for (int i = static_cast<int>(thread()); i < all; i += 32 * shape_.warps()) {
+      const int64_t n = first_sequence_ + i / words;
+      const E* row = static_cast<const E*>(s_.round.state_h) + (direction_ * z_.batch + n) * z_.hidden;
+      h_of(0)[i] = n < z_.batch ? word_of_row<arithmetic>(row, i % words, z_.hidden) : 0;
+      h_of(1)[i] = 0;
+    }
+  }
+
+  HSM_DEVICE void load_states() {
+    const ForwardParams& p = s_.round.params;
+    if (unit_ < z_.hidden) {
+      const Weights& w = p.weights[direction_];
+      const int h = z_.hidden, n = 2 * h + unit_, last = kind == CellKind::lstm ? 3 * h + unit_ : n;
+      bias_[0] = load<T>(w.bias_ih, unit_) + load<T>(w.bias_hh, unit_);
+      bias_[1] = load<T>(w.bias_ih, h + unit_) + load<T>(w.bias_hh, h + unit_);
+      bias_[2] = load<T>(w.bias_ih, n) + (kind == CellKind::lstm ? load<T>(w.bias_hh, n) : 0);
+      bias_[3] = (kind == CellKind::lstm ? load<T>(w.bias_ih, last) : 0) + load<T>(w.bias_hh, last);
+    }
+    for_each([&](int n, int column) {
+      const int64_t at = state_at(n, column);
+      const Boundaries& b = p.boundaries;
+      h_[n][column] = load<T>(s_.round.state_h, at);
+      reset_h_[n][column] = b.reset_mask ? load<T>(b.reset_h, at) : 0;
+      if constexpr (kind == CellKind::lstm) {
+        c_[n][column] = static_cast<const float*>(s_.round.state_c)[at];
+        reset_c_[n][column] = b.reset_mask ? load<T>(b.reset_c, at) : 0;
+      }
+    });
+  }
+
+  HSM_DEVICE Round look_at(int64_t index) const {
+    Round round{};
+    for_each([&](int n, int column) {
+      const unsigned sequence_runs = runs(s_.round, index, direction_, sequence(n, column));
+      const unsigned reset = resets_behind(s_.round, index, direction_, sequence(n, column));
+      round.flags.runs |= sequence_runs << (2 * n + column);
+      round.flags.resets |= reset << (2 * n + column);
+      if (!sequence_runs) return;
+      const float* input = input_of<T>(s_.round, visit_of(index, round.flags, n, column)) + unit_;
+#pragma unroll
+      for (int g = 0; g < (kind == CellKind::lstm ? 4 : 3); ++g) round.input[n][column][g] = input[g * z_.hidden];
+    });
+    return round;
+  }
+
+  // The sums of a lane in a group's two tiles are i, f, g and o in LSTM; in GRU r, z and the two halves of n, of which W_hh has the second.
+  static HSM_HOST_DEVICE int slot_of(int gate) { return kind == CellKind::lstm || gate < 2 ? gate : 5 - gate; }
+
+  // What is not multiplied with h.
+  HSM_DEVICE void add_input(const Round& round, TileSums (&sums)[2][n_tiles]) const {
+    for_each([&](int n, int column) {
+#pragma unroll
+      for (int g = 0; g < 4; ++g) {
+        const int slot = slot_of(g);
+        sums[slot / 2][n].of[0][2 * (slot % 2) + column] = round.input[n][column][g] + bias_[g];
+      }
+    });
+  }
+
+  // Waits for h of the round, and makes its barrier expect the next one but one.
+  HSM_DEVICE void receive(int i, int rounds) const {
+    Mbarrier* barrier = barriers_ + i % 2;
+    mbarrier_wait(barrier, static_cast<unsigned>(i - 1) / 2 % 2);
+    if (thread() == 0 && i + 2 < rounds) mbarrier_arrive_expect(barrier, bytes_of_round());
+  }
+
+  HSM_DEVICE void multiply(int i, TileSums (&sums)[2][n_tiles]) const {
+    const uint32_t* vectors = h_of(i) + split_ * shape_.depth * block_words;
+    if constexpr (tensor_cores) {
+#pragma unroll
+      for (int block = 0; block < kept_blocks; ++block) {
+        if (block >= shape_.depth) break;
+        const BlockVectors<n_tiles> h = get_vectors<n_tiles>(vectors + block * block_words, shape_.row_words);
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) add_block<arithmetic>(sums[tile], kept_[block][tile], h);
+      }
+    }
+    for (int block = kept_blocks; block < shape_.depth; ++block) {
+      const uint32_t* h = vectors + block * block_words;
+      if constexpr (tensor_cores) {
+        const BlockVectors<n_tiles> loaded = get_vectors<n_tiles>(h, shape_.row_words);
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) add_block<arithmetic>(sums[tile], get_fragments(fragments_at(tile, block)), loaded);
+      } else {
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) add_block_in_float32(sums[tile], fragments_at(tile, block), h, shape_.row_words);
+      }
+    }
+  }
+
+  // Where a warp of the group leaves its sums for the one that owns a tile: eight floats for each lane.
+  HSM_DEVICE float* sums_at(int split, int n) const {
+    return sums_ + ((group_ * shape_.splits + split) * n_tiles + n) * 8 * 32 + static_cast<int>(lane());
+  }
+
+  HSM_DEVICE void share_sums(TileSums (&sums)[2][n_tiles]) const {
+#pragma unroll
+    for (int n = 0; n < n_tiles; ++n) {
+      if (owns(n)) continue;
+      float* shared = sums_at(split_, n);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) shared[32 * i] = sums[i / 4][n].total(i % 4);
+    }
+    sync_threads();
+#pragma unroll
+    for (int n = 0; n < n_tiles; ++n) {
+      if (!owns(n)) continue;
+      float totals[8] = {};
+      for (int split = 0; split < shape_.splits; ++split) {
+        const float* shared = sums_at(split, n);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) totals[i] += split == split_ ? sums[i / 4][n].total(i % 4) : shared[32 * i];
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[i / 4][n].of[0][i % 4] = totals[i], sums[i / 4][n].of[1][i % 4] = 0;
+    }
+  }
+
+  // Through the cell. What others wait for goes first.
+  HSM_DEVICE void step(int i, int rounds, const Flags& flags, const TileSums (&sums)[2][n_tiles]) {
+    UnitStep<float> steps[n_tiles][2];
+    for_each([&](int n, int column) {
+      const ForwardVisit visit = visit_of(s_.begin + i, flags, n, column);
+      float pre[4];
+#pragma unroll
+      for (int g = 0; g < 4; ++g) pre[g] = sums[slot_of(g) / 2][n].total(2 * (slot_of(g) % 2) + column);
+      float& h = h_[n][column];
+      float& c = c_[n][column];
+      UnitStep<float>& out = steps[n][column];
+      out = forward_unit<kind>(visit, pre, h, c);
+      out.h = widen(narrow<T>(out.h));
+      h = next_state(visit, out.h, h, reset_h_[n][column]);
+      c = next_state(visit, out.c, c, reset_c_[n][column]);
+    });
+    if (i + 1 < rounds) send(i);
+    for_each([&](int n, int column) {
+      const ForwardVisit visit = visit_of(s_.begin + i, flags, n, column);
+      write_unit<T, kind>(s_.round, visit, unit_, steps[n][column]);
+      write_hidden<T>(s_.round, visit, unit_, steps[n][column].h, h_[n][column]);
+    });
+  }
+
+  // The group's h to all blocks. In the outbox, which others of the warp may still read as it was two rounds ago, a sequence's eight units lie
+  // side by side.
+  HSM_DEVICE void send(int i) const {
+    constexpr int chunk_bytes = static_cast<int>(sizeof(Words4)), chunks = tile_units * static_cast<int>(sizeof(E)) / chunk_bytes;
+    constexpr int chunks_of_tile = tile_sequences * chunks;
+    E* outbox = reinterpret_cast<E*>(outbox_ + i % 2 * shape_.outbox_bytes());
+    const int l = static_cast<int>(lane());
+    const bool is_unit = unit_ < z_.hidden;
+#pragma unroll
+    for (int n = 0; n < n_tiles; ++n)
+#pragma unroll
+      for (int column = 0; column < 2; ++column)
+        if (owns(n)) outbox[(8 * n + 2 * (l % 4) + column) * tile_units + l / 4] = operand<arithmetic>(is_unit ? h_[n][column] : 0.0f);
+    sync_warp();
+    char* next = reinterpret_cast<char*>(h_of(i + 1));
+    Mbarrier* barrier = barriers_ + (i + 1) % 2;
+    const int place = (rank_ * shape_.units + group_ * tile_units) * static_cast<int>(sizeof(E));
+#pragma unroll
+    for (int n = 0; n < n_tiles; ++n) {
+      if (!owns(n)) continue;
+      const int chunk = l % chunks_of_tile, row = 8 * n + chunk / chunks;
+      const Words4 value = reinterpret_cast<const Words4*>(outbox)[n * chunks_of_tile + chunk];
+      char* to = next + row * shape_.row_words * 4 + place + chunk % chunks * chunk_bytes;
+      for (int block = l / chunks_of_tile; block < shape_.blocks; block += 32 / chunks_of_tile)
+        store_async(map_to_rank(to, static_cast<unsigned>(block)), value, map_to_rank(barrier, static_cast<unsigned>(block)));
+    }
+  }
+
+  HSM_DEVICE void leave_states() const {
+    for_each([&](int n, int column) {
+      store<T>(s_.round.state_h, state_at(n, column), h_[n][column]);
+      if constexpr (kind == CellKind::lstm) static_cast<float*>(s_.round.state_c)[state_at(n, column)] = c_[n][column];
+    });
+  }
+
+  const ForwardClusters& s_;
+  const Sizes& z_;
+  const ClusterForwardShape& shape_;
+  char* storage_;
+  int rank_, group_, split_, direction_, unit_;
+  int64_t first_sequence_;
+  Words4* warp_fragments_;
+  float* sums_;
+  char* outbox_;
+  Mbarrier* barriers_;
+  BlockFragments kept_[kept_blocks ? kept_blocks : 1][2];
+  float bias_[4] = {};
+  float h_[n_tiles][2] = {}, c_[n_tiles][2] = {}, reset_h_[n_tiles][2] = {}, reset_c_[n_tiles][2] = {};
+};
+
+template <Arithmetic arithmetic, CellKind kind, int n_tiles>
+HSM_KERNEL(32 * most_cluster_warps) cluster_forward_kernel(HSM_ARGUMENT ForwardClusters s) {
+#ifdef HSM_HAS_CLUSTERS
+  ForwardWarp<arithmetic, kind, n_tiles>(s).run();
+#else
+  trap();
+#endif
+}
+
+template <Arithmetic arithmetic, CellKind kind>
+cudaError_t launch_for(const ForwardClusters& s, const LaunchShape& shape, Together together, cudaStream_t stream) {
+  const auto kernel = s.shape.column_tiles == 1 ? cluster_forward_kernel<arithmetic, kind, 1> : cluster_forward_kernel<arithmetic, kind, 2>;
+  return launch_together(kernel, shape, together, stream, s);
+}
+
+}  // namespace
+
+cudaError_t cluster_forward(const ForwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream) {
+  const Sizes& z = round.params.sizes;
+  const ForwardClusters s{round, begin, end, cluster_forward_shape(plan.arithmetic, z.hidden, plan.blocks, plan.rows / tile_sequences)};
+  LaunchShape shape{static_cast<unsigned>(s.shape.blocks * ((z.batch + s.shape.sequences() - 1) / s.shape.sequences()))};
+  shape.grid_y = static_cast<unsigned>(z.directions);
+  shape.threads = static_cast<unsigned>(32 * s.shape.warps());
+  shape.shared_bytes = static_cast<size_t>(s.shape.shared_bytes());
+  Together together;
+  together.cluster = static_cast<unsigned>(s.shape.blocks);
+  return with_arithmetic(plan.arithmetic, [&](auto arithmetic) {
+    constexpr Arithmetic a = decltype(arithmetic)::value;
+    return z.cell == CellKind::lstm ? launch_for<a, CellKind::lstm>(s, shape, together, stream) : launch_for<a, CellKind::gru>(s, shape, together, stream);
+  });
+}
+
+}  // namespace cuda
+}  // namespace hsm
