@@ -1,5 +1,6 @@
 // The backward pass: the products over many steps, the step variant's rounds, and where a persistent variant takes their place.
 #include "cuda/backward.cuh"
+#include "cuda/cluster_passes.cuh"
 
 namespace hsm {
 namespace cuda {
@@ -277,6 +278,8 @@ class BackwardPass {
   // what a round leaves to the next.
   template <class T, CellKind kind>
   void run_rounds(Queue& queue, int64_t first, int64_t last, bool delivers) {
+    if (plan_.variant == Variant::cluster)
+      return queue.take([&](cudaStream_t stream) { return cluster_backward(round_, first, last + delivers, plan_, stream); });
     const LaunchShape units = one_thread_each(round_.lanes, z_.hidden, z_.directions);
     const LaunchShape projected = one_thread_each(round_.lanes, z_.hidden_out, z_.directions);
     for (int64_t r = first; r < last + delivers && queue.ok(); ++r) {

@@ -30,7 +30,8 @@ struct BackwardRound {
 
 struct BackwardVisit {
   int direction;
-  int64_t lane, sequence, step;
+  int lane, sequence;
+  int64_t step;
   bool has_step;  // in this round
   bool runs;      // and it is inside the sequence
   bool leaves;    // what it leaves is the sequence's last state
@@ -49,7 +50,7 @@ HSM_DEVICE BackwardVisit visit_of(const BackwardRound& s, int64_t index, int dir
   const int64_t step = reverse ? begin + index : end - 1 - index, before = reverse ? step - 1 : step + 1;
   const int64_t length = sequences.length(n), first = reverse ? length - 1 : 0;
 
-  BackwardVisit visit{reverse, row, n, step};
+  BackwardVisit visit{reverse, static_cast<int>(lane), static_cast<int>(n), step};
   visit.has_step = step >= begin && step < end;
   visit.runs = visit.has_step && step < length;
   visit.leaves = reverse ? step == 0 : step == length - 1;

@@ -30,7 +30,7 @@ class ForwardWarp {
     unit_ = rank_ * shape_.units + group_ * tile_units + static_cast<int>(lane()) / 4;
     warp_fragments_ = reinterpret_cast<Words4*>(storage_) + warp * shape_.blocks_in_shared() * 4 * 32;
     sums_ = reinterpret_cast<float*>(storage_ + shape_.sums());
-    outbox_ = storage_ + shape_.outbox() + warp * n_tiles * tile_sequences * tile_units * sizeof(E);
+    outbox_ = storage_ + shape_.outbox() + warp * n_tiles * tile_sequences * tile_units * sizeof(T);
     barriers_ = reinterpret_cast<Mbarrier*>(storage_ + shape_.barriers());
   }
 
@@ -49,14 +49,13 @@ class ForwardWarp {
       step(i, rounds, flags, sums);
     }
     leave_states();
-    // Nobody may leave while others may still write to its memory.
+    // Nobody leaves while others may still write to its memory.
     cluster_arrive();
     cluster_wait();
   }
 
  private:
   using T = Element<arithmetic>;
-  using E = T;
   static constexpr bool tensor_cores = arithmetic != Arithmetic::float32;
   static constexpr int kept_blocks = tensor_cores ? register_blocks(n_tiles) : 0;
 
@@ -112,10 +111,10 @@ class ForwardWarp {
   // The words that the lane multiplies of a gate's row of the recurrent weights, in one block.
   HSM_DEVICE Words4 words_of_gate(int gate, int block) const {
     if (unit_ >= z_.hidden || gate >= (kind == CellKind::lstm ? 4 : 3)) return {0, 0, 0, 0};
-    const E* row = static_cast<const E*>(s_.round.params.weights[direction_].weight_hh) + (int64_t{gate} * z_.hidden + unit_) * z_.hidden;
-    const int word = block * block_words + 4 * (static_cast<int>(lane()) % 4);
-    return {word_of_row<arithmetic>(row, word, z_.hidden), word_of_row<arithmetic>(row, word + 1, z_.hidden),
-            word_of_row<arithmetic>(row, word + 2, z_.hidden), word_of_row<arithmetic>(row, word + 3, z_.hidden)};
+    const int64_t row = (int64_t{gate} * z_.hidden + unit_) * z_.hidden;
+    return words_of_lane<arithmetic>(block, [&](int k) {
+      return k < z_.hidden ? load<T>(s_.round.params.weights[direction_].weight_hh, row + k) : 0.0f;
+    });
   }
 
   // Two gates of the group's units.
@@ -137,10 +136,12 @@ class ForwardWarp {
   // What enters the first round, of all units, and zeros behind them, which nobody overwrites.
   HSM_DEVICE void load_h() {
     const int words = shape_.row_words, all = shape_.sequences() * words;
-    for (int i = static_cast<int>(thread()); i < all; i += 32 * shape_.warps()) {
+    for (int i = static_cast<int>(thread()); i < all; i += 32 * shape_.warps) {
       const int64_t n = first_sequence_ + i / words;
-      const E* row = static_cast<const E*>(s_.round.state_h) + (direction_ * z_.batch + n) * z_.hidden;
-      h_of(0)[i] = n < z_.batch ? word_of_row<arithmetic>(row, i % words, z_.hidden) : 0;
+      const int64_t row = (direction_ * z_.batch + n) * z_.hidden;
+      h_of(0)[i] = word_of<arithmetic>(i % words, [&](int k) {
+        return n < z_.batch && k < z_.hidden ? load<T>(s_.round.state_h, row + k) : 0.0f;
+      });
       h_of(1)[i] = 0;
     }
   }
@@ -282,9 +283,9 @@ class ForwardWarp {
   // The group's h to all blocks. In the outbox, which others of the warp may still read as it was two rounds ago, a sequence's eight units lie
   // side by side.
   HSM_DEVICE void send(int i) const {
-    constexpr int chunk_bytes = static_cast<int>(sizeof(Words4)), chunks = tile_units * static_cast<int>(sizeof(E)) / chunk_bytes;
+    constexpr int chunk_bytes = static_cast<int>(sizeof(Words4)), chunks = tile_units * static_cast<int>(sizeof(T)) / chunk_bytes;
     constexpr int chunks_of_tile = tile_sequences * chunks;
-    E* outbox = reinterpret_cast<E*>(outbox_ + i % 2 * shape_.outbox_bytes());
+    T* outbox = reinterpret_cast<T*>(outbox_ + i % 2 * shape_.outbox_bytes());
     const int l = static_cast<int>(lane());
     const bool is_unit = unit_ < z_.hidden;
 #pragma unroll
@@ -295,7 +296,7 @@ class ForwardWarp {
     sync_warp();
     char* next = reinterpret_cast<char*>(h_of(i + 1));
     Mbarrier* barrier = barriers_ + (i + 1) % 2;
-    const int place = (rank_ * shape_.units + group_ * tile_units) * static_cast<int>(sizeof(E));
+    const int place = (rank_ * shape_.units + group_ * tile_units) * static_cast<int>(sizeof(T));
 #pragma unroll
     for (int n = 0; n < n_tiles; ++n) {
       if (!owns(n)) continue;
@@ -339,9 +340,10 @@ HSM_KERNEL(32 * most_cluster_warps) cluster_forward_kernel(HSM_ARGUMENT ForwardC
 }
 
 template <Arithmetic arithmetic, CellKind kind>
-cudaError_t launch_for(const ForwardClusters& s, const LaunchShape& shape, Together together, cudaStream_t stream) {
+cudaError_t launch_for(const ForwardClusters& s, cudaStream_t stream) {
+  const Sizes& z = s.round.params.sizes;
   const auto kernel = s.shape.column_tiles == 1 ? cluster_forward_kernel<arithmetic, kind, 1> : cluster_forward_kernel<arithmetic, kind, 2>;
-  return launch_together(kernel, shape, together, stream, s);
+  return launch_clusters(kernel, z.batch, z.directions, s, stream);
 }
 
 }  // namespace
@@ -349,15 +351,9 @@ cudaError_t launch_for(const ForwardClusters& s, const LaunchShape& shape, Toget
 cudaError_t cluster_forward(const ForwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream) {
   const Sizes& z = round.params.sizes;
   const ForwardClusters s{round, begin, end, cluster_forward_shape(plan.arithmetic, z.hidden, plan.blocks, plan.rows / tile_sequences)};
-  LaunchShape shape{static_cast<unsigned>(s.shape.blocks * ((z.batch + s.shape.sequences() - 1) / s.shape.sequences()))};
-  shape.grid_y = static_cast<unsigned>(z.directions);
-  shape.threads = static_cast<unsigned>(32 * s.shape.warps());
-  shape.shared_bytes = static_cast<size_t>(s.shape.shared_bytes());
-  Together together;
-  together.cluster = static_cast<unsigned>(s.shape.blocks);
   return with_arithmetic(plan.arithmetic, [&](auto arithmetic) {
     constexpr Arithmetic a = decltype(arithmetic)::value;
-    return z.cell == CellKind::lstm ? launch_for<a, CellKind::lstm>(s, shape, together, stream) : launch_for<a, CellKind::gru>(s, shape, together, stream);
+    return z.cell == CellKind::lstm ? launch_for<a, CellKind::lstm>(s, stream) : launch_for<a, CellKind::gru>(s, stream);
   });
 }
 

@@ -6,12 +6,15 @@
 #include "cuda/backward.cuh"
 #include "cuda/cluster.h"
 #include "cuda/forward.cuh"
+#include "cuda/primitives.cuh"
 
 namespace hsm {
 namespace cuda {
 
-// Rounds [begin, end), from the states in `round` to the states there.
+// Rounds [begin, end), from what rounds before them left in `round` to what they leave there.
 cudaError_t cluster_forward(const ForwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream);
+
+cudaError_t cluster_backward(const BackwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream);
 
 // Calls function(std::integral_constant<Arithmetic, ...>{}).
 template <class Function>
@@ -22,6 +25,19 @@ cudaError_t with_arithmetic(Arithmetic arithmetic, Function function) {
     case Arithmetic::tf32: return function(std::integral_constant<Arithmetic, Arithmetic::tf32>{});
     default: return function(std::integral_constant<Arithmetic, Arithmetic::float32>{});
   }
+}
+
+// A cluster for every shape.sequences() of `rows`, in each direction.
+template <class Clusters>
+cudaError_t launch_clusters(void (*kernel)(Clusters), int64_t rows, int directions, const Clusters& s, cudaStream_t stream) {
+  const int64_t clusters = (rows + s.shape.sequences() - 1) / s.shape.sequences();
+  LaunchShape shape{static_cast<unsigned>(s.shape.blocks * clusters)};
+  shape.grid_y = static_cast<unsigned>(directions);
+  shape.threads = static_cast<unsigned>(32 * s.shape.warps);
+  shape.shared_bytes = static_cast<size_t>(s.shape.shared_bytes());
+  Together together;
+  together.cluster = static_cast<unsigned>(s.shape.blocks);
+  return launch_together(kernel, shape, together, stream, s);
 }
 
 }  // namespace cuda

@@ -26,19 +26,27 @@ constexpr int cluster_sizes[] = {1, 2, 4, 8, 16};
 // fewer clusters find room on the chip.
 constexpr int preferred_cluster = 8;
 
-std::optional<Plan> cluster_of(const Sizes& z, Arithmetic arithmetic, int blocks, int column_tiles, int64_t shared_bytes) {
-  const ClusterForwardShape shape = cluster_forward_shape(arithmetic, z.hidden, blocks, column_tiles);
-  const bool all_have_units = (blocks - 1) * shape.units < z.hidden;
-  if (!all_have_units || shape.warps() > most_cluster_warps || shape.shared_bytes() > shared_bytes) return {};
+template <class Shape>
+Plan cluster_of(const Shape& shape, Arithmetic arithmetic) {
   Plan plan;
   plan.variant = Variant::cluster;
   plan.arithmetic = arithmetic;
-  plan.blocks = blocks;
+  plan.blocks = shape.blocks;
   plan.rows = shape.sequences();
   plan.units = shape.units;
   plan.all_in_registers = shape.blocks_in_shared() == 0;
-  plan.threads = 32 * shape.warps();
   plan.shared_bytes = shape.shared_bytes();
+  return plan;
+}
+
+std::optional<Plan> cluster_of(const Sizes& z, PassKind pass, Arithmetic arithmetic, int blocks, int column_tiles, int64_t shared_bytes) {
+  const int units = units_of_block(z.hidden, blocks);
+  const bool all_have_units = (blocks - 1) * units < z.hidden;
+  if (!all_have_units || units > most_block_units) return {};
+  const Plan plan = pass == PassKind::forward
+                        ? cluster_of(cluster_forward_shape(arithmetic, z.hidden, blocks, column_tiles), arithmetic)
+                        : cluster_of(cluster_backward_shape(arithmetic, z.cell, z.hidden, blocks, column_tiles), arithmetic);
+  if (plan.shared_bytes > shared_bytes) return {};
   return plan;
 }
 
@@ -46,7 +54,6 @@ std::optional<Plan> cluster_of(const Sizes& z, Arithmetic arithmetic, int blocks
 Plan plan_cluster(const Sizes& z, int64_t rows, PassKind pass, const Setting& setting) {
   const DeviceFacts& device = setting.device;
   if (device.capability < 90) return step("clusters need compute capability 9.0, and code for it");
-  if (pass == PassKind::backward) return step("there is no cluster variant of the backward pass");
   const Arithmetic arithmetic = arithmetic_of(z.dtype, setting.allow_tf32);
   std::optional<Plan> fewest;
   for (int column_tiles = 1; column_tiles <= most_column_tiles; ++column_tiles) {
@@ -54,7 +61,7 @@ Plan plan_cluster(const Sizes& z, int64_t rows, PassKind pass, const Setting& se
     fewest.reset();
     for (const int blocks : cluster_sizes) {
       if (blocks > device.largest_cluster || (setting.request.blocks && blocks != setting.request.blocks)) continue;
-      const std::optional<Plan> plan = cluster_of(z, arithmetic, blocks, column_tiles, device.shared_bytes);
+      const std::optional<Plan> plan = cluster_of(z, pass, arithmetic, blocks, column_tiles, device.shared_bytes);
       if (!plan) continue;
       if (!fewest) fewest = plan;
       const int64_t clusters = z.directions * ((rows + plan->rows - 1) / plan->rows);

@@ -53,7 +53,6 @@ struct Plan {
   int rows = 0;    // sequences that it runs
   int units = 0;   // of a block
   bool all_in_registers = false;  // the weights
-  int threads = 0;
   int64_t shared_bytes = 0;
   const char* reason = "";  // for `step`
 };

@@ -41,19 +41,24 @@ HSM_DEVICE Element<arithmetic> operand(A x) {
     return narrow<Element<arithmetic>>(x);
 }
 
-// A word of a row of `count` elements; zero behind them.
-template <Arithmetic arithmetic>
-HSM_DEVICE uint32_t word_of_row(const Element<arithmetic>* row, int word, int count) {
+// A word, of neighbours whose values value(k) gives.
+template <Arithmetic arithmetic, class Value>
+HSM_DEVICE uint32_t word_of(int word, Value value) {
   constexpr int per_word = elements_per_word<arithmetic>;
   Element<arithmetic> elements[per_word];
 #pragma unroll
-  for (int i = 0; i < per_word; ++i) {
-    const int k = word * per_word + i;
-    elements[i] = operand<arithmetic>(k < count ? widen(row[k]) : 0.0f);
-  }
+  for (int i = 0; i < per_word; ++i) elements[i] = operand<arithmetic>(value(word * per_word + i));
   uint32_t bits;
   std::memcpy(&bits, elements, sizeof bits);
   return bits;
+}
+
+// Those of a block that the lane multiplies in one row.
+template <Arithmetic arithmetic, class Value>
+HSM_DEVICE Words4 words_of_lane(int block, Value value) {
+  const int word = block * block_words + 4 * (static_cast<int>(lane()) % 4);
+  return {word_of<arithmetic>(word, value), word_of<arithmetic>(word + 1, value), word_of<arithmetic>(word + 2, value),
+          word_of<arithmetic>(word + 3, value)};
 }
 
 // Two neighbouring fragments of a lane: one tile of 16 rows, one block deep.

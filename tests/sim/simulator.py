@@ -63,16 +63,10 @@ class Build:
         return Library(_made("library.so", "\0".join(command).encode(), command))
 
     def _object(self, source: str) -> Path:
-        original = replace(self, changed=())
-        if self.changed and not dict(self.changed).keys() & _read_files(original, source):
-            return original._object(source)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in self.changed:
-                path = Path(folder) / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-            command, contents = self._preprocess(source, Path(folder))
-            return _made("object.o", contents, command)
+        """Of all changes only those matter that the source reads: builds with the same ones share the object."""
+        read = _read_files(replace(self, changed=()), source) if self.changed else frozenset()
+        changed = tuple((name, text) for name, text in self.changed if name in read)
+        return _object_of(replace(self, changed=changed), source)
 
     def _preprocess(self, source: str, overlay: Path) -> tuple[tuple[str, ...], bytes]:
         """The command that compiles a source, and all that the compiler reads: its flags and the preprocessed text."""
@@ -143,6 +137,17 @@ def sanitized_environment() -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
+
+
+@functools.cache
+def _object_of(build: Build, source: str) -> Path:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in build.changed:
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        command, contents = build._preprocess(source, Path(folder))
+        return _made("object.o", contents, command)
 
 
 @functools.cache

@@ -79,10 +79,10 @@ def test_is_found(faulty: None) -> None:
 
 # --------------------------------------------------------------------------------------------------- persistent kernels
 
-CLUSTER_FORWARD = "csrc/cuda/cluster_forward.cu"
+CLUSTER_FORWARD, CLUSTER_BACKWARD = (f"csrc/cuda/cluster_{name}.cu" for name in ("forward", "backward"))
 
-# Each is found by cases of bfloat16, so nothing else is compiled.
-ONE_PRECISION = IN_PIECES
+# Each is found by cases of bfloat16, so nothing else is compiled. Pieces of the backward pass have several rounds.
+ONE_PRECISION = IN_PIECES.patched("csrc/cuda/passes.h", "gate_gradient_bytes = 1024", "gate_gradient_bytes = 12000")
 for _line in (
     "    case Arithmetic::float16: return function(std::integral_constant<Arithmetic, Arithmetic::float16>{});\n",
     "    case Arithmetic::tf32: return function(std::integral_constant<Arithmetic, Arithmetic::tf32>{});\n",
@@ -98,15 +98,19 @@ VARIANT_FAULTS = [
     ("forward, no wait", CLUSTER_FORWARD, "    mbarrier_wait(barrier, static_cast<unsigned>(i - 1) / 2 % 2);\n", ""),
     ("forward, parity", CLUSTER_FORWARD, "static_cast<unsigned>(i - 1) / 2 % 2", "static_cast<unsigned>(i) / 2 % 2"),
     ("forward, sent to the wrong buffer", CLUSTER_FORWARD, "(h_of(i + 1))", "(h_of(i))"),
-    ("forward, credited to the wrong barrier", CLUSTER_FORWARD, "barriers_ + (i + 1) % 2", "barriers_ + i % 2"),
     ("forward, expected once only", CLUSTER_FORWARD, "i + 2 < rounds", "i + 2 < 0"),
     ("forward, one outbox", CLUSTER_FORWARD, "    sync_warp();\n", ""),
     ("forward, sums not shared yet", CLUSTER_FORWARD, "    sync_threads();\n", ""),
     ("forward, not started", CLUSTER_FORWARD, "init();\n    cluster_arrive();\n    cluster_wait();\n", "init();"),
-    ("forward, split of the depth", CLUSTER_FORWARD, "h_of(i) + split_", "h_of(i) + group_"),
-    ("forward, resets", CLUSTER_FORWARD, "out.h, h, reset_h_[n][column])", "out.h, h, out.h)"),
     ("forward, states of a piece", CLUSTER_FORWARD, "    leave_states();\n", ""),
     ("forward, zeros behind the units", CLUSTER_FORWARD, "      h_of(1)[i] = 0;\n", ""),
+    ("backward, no wait", CLUSTER_BACKWARD, "mbarrier_wait(barrier, static_cast<unsigned>(exchange) / 2 % 2);", ""),
+    ("backward, parity", CLUSTER_BACKWARD, "(exchange) / 2 % 2", "(exchange + 1) / 2 % 2"),
+    ("backward, one buffer of slots", CLUSTER_BACKWARD, "shape_.slots() + exchange % 2", "shape_.slots() + 0"),
+    ("backward, one buffer of gates", CLUSTER_BACKWARD, "+ (round & 1) *", "+ 0 *"),
+    ("backward, gates not there yet", CLUSTER_BACKWARD, "      sync_threads();\n    }\n", "    }\n"),
+    ("backward, slot of the sender", CLUSTER_BACKWARD, "slots_of(exchange) + rank_ *", "slots_of(exchange) + 0 *"),
+    ("backward, gates of a piece", CLUSTER_BACKWARD, "        if (last) store<T>", "        if (false) store<T>"),
 ]
 
 

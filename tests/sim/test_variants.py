@@ -56,7 +56,8 @@ def some_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_cluster_runs(operators: torch.library.Library, case: Case) -> None:
-    assert recurrence(operators, case).startswith("cluster: ")
+    for backward in (False, True):
+        assert recurrence(operators, case, backward).startswith("cluster: ")
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS.values(), ids=PRECISIONS)
