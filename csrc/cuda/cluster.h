@@ -19,8 +19,10 @@ constexpr int fragment_bytes = 16 * 32;  // of one instruction
 constexpr int most_cluster_warps = 8;
 constexpr int most_column_tiles = 2;
 constexpr int most_block_units = tile_units * most_cluster_warps;
-// Of a warp's weights in the forward pass: more sequences leave fewer registers for them.
-HSM_HOST_DEVICE constexpr int register_blocks(int column_tiles) { return column_tiles == 1 ? 8 : 5; }
+// Of a warp's weights in the forward pass: more sequences leave fewer registers for them. ptxas needs more beside them for a GRU.
+HSM_HOST_DEVICE constexpr int register_blocks(CellKind cell, int column_tiles) {
+  return (column_tiles == 1 ? 8 : 5) - (cell == CellKind::gru);
+}
 
 HSM_HOST_DEVICE int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -44,7 +46,8 @@ struct ClusterForwardShape {
   HSM_HOST_DEVICE int bytes_of_round() const { return blocks * units * sequences() * element_bytes; }
 
   // Places in shared memory, in bytes.
-  HSM_HOST_DEVICE int64_t h() const { return int64_t{warps} * blocks_in_shared() * 4 * fragment_bytes; }
+  HSM_HOST_DEVICE int64_t shared_weight_bytes() const { return int64_t{warps} * blocks_in_shared() * 4 * fragment_bytes; }
+  HSM_HOST_DEVICE int64_t h() const { return shared_weight_bytes(); }
   HSM_HOST_DEVICE int h_bytes() const { return sequences() * row_words * 4; }  // twice: what enters even rounds, and odd ones
   HSM_HOST_DEVICE int64_t sums() const { return h() + 2 * h_bytes(); }
   HSM_HOST_DEVICE int sums_bytes() const { return splits > 1 ? warps * column_tiles * 8 * 32 * 4 : 0; }
@@ -73,7 +76,8 @@ struct ClusterBackwardShape {
   HSM_HOST_DEVICE int bytes_of_round() const { return blocks * units * sequences() * 4; }
 
   // Places in shared memory, in bytes.
-  HSM_HOST_DEVICE int64_t gates() const { return int64_t{warps} * blocks_in_shared() * 2 * fragment_bytes; }
+  HSM_HOST_DEVICE int64_t shared_weight_bytes() const { return int64_t{warps} * blocks_in_shared() * 2 * fragment_bytes; }
+  HSM_HOST_DEVICE int64_t gates() const { return shared_weight_bytes(); }
   HSM_HOST_DEVICE int gates_bytes() const { return sequences() * row_words * 4; }  // twice
   HSM_HOST_DEVICE int64_t slots() const { return gates() + 2 * gates_bytes(); }
   HSM_HOST_DEVICE int slots_bytes() const { return blocks * slot_bytes(); }  // twice
@@ -95,7 +99,7 @@ inline int element_bytes_of(Arithmetic arithmetic) { return arithmetic == Arithm
 // Every block has whole groups of units, the last one maybe fewer; units behind the last are computed, and are zero.
 inline int units_of_block(int hidden, int blocks) { return round_up((hidden + blocks - 1) / blocks, tile_units); }
 
-inline ClusterForwardShape cluster_forward_shape(Arithmetic arithmetic, int hidden, int blocks, int column_tiles) {
+inline ClusterForwardShape cluster_forward_shape(Arithmetic arithmetic, CellKind cell, int hidden, int blocks, int column_tiles) {
   ClusterForwardShape shape{};
   shape.blocks = blocks;
   shape.units = units_of_block(hidden, blocks);
@@ -108,7 +112,7 @@ inline ClusterForwardShape cluster_forward_shape(Arithmetic arithmetic, int hidd
   shape.depth = (all_blocks + shape.splits - 1) / shape.splits;
   shape.row_words = vector_stride(shape.splits * shape.depth * block_words, has_tensor_cores(arithmetic));
   shape.column_tiles = column_tiles;
-  shape.registers = has_tensor_cores(arithmetic) ? register_blocks(column_tiles) : 0;
+  shape.registers = has_tensor_cores(arithmetic) ? register_blocks(cell, column_tiles) : 0;
   return shape;
 }
 

@@ -57,7 +57,7 @@ class ForwardWarp {
  private:
   using T = Element<arithmetic>;
   static constexpr bool tensor_cores = arithmetic != Arithmetic::float32;
-  static constexpr int kept_blocks = tensor_cores ? register_blocks(n_tiles) : 0;
+  static constexpr int kept_blocks = tensor_cores ? register_blocks(kind, n_tiles) : 0;
 
   // A bit for each column of each tile.
   struct Flags {
@@ -202,6 +202,7 @@ class ForwardWarp {
     Mbarrier* barrier = barriers_ + i % 2;
     mbarrier_wait(barrier, static_cast<unsigned>(i - 1) / 2 % 2);
     if (thread() == 0 && i + 2 < rounds) mbarrier_arrive_expect(barrier, bytes_of_round());
+    sync_warp();  // mma.sync wants all lanes side by side
   }
 
   HSM_DEVICE void multiply(int i, TileSums (&sums)[2][n_tiles]) const {
@@ -350,7 +351,7 @@ cudaError_t launch_for(const ForwardClusters& s, cudaStream_t stream) {
 
 cudaError_t cluster_forward(const ForwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream) {
   const Sizes& z = round.params.sizes;
-  const ForwardClusters s{round, begin, end, cluster_forward_shape(plan.arithmetic, z.hidden, plan.blocks, plan.rows / tile_sequences)};
+  const ForwardClusters s{round, begin, end, cluster_forward_shape(plan.arithmetic, z.cell, z.hidden, plan.blocks, plan.rows / tile_sequences)};
   return with_arithmetic(plan.arithmetic, [&](auto arithmetic) {
     constexpr Arithmetic a = decltype(arithmetic)::value;
     return z.cell == CellKind::lstm ? launch_for<a, CellKind::lstm>(s, stream) : launch_for<a, CellKind::gru>(s, stream);

@@ -22,9 +22,10 @@ Arithmetic arithmetic_of(ScalarKind dtype, bool allow_tf32) {
 }
 
 constexpr int cluster_sizes[] = {1, 2, 4, 8, 16};
-// Larger ones only where it keeps weights in registers, or where smaller ones do not hold them: the more blocks, the longer the exchange, and the
-// fewer clusters find room on the chip.
+// Larger ones only where smaller ones do not hold the weights, or would read more of them from shared memory in every round than this, which takes
+// longer than the exchange: the more blocks, the longer that is, and the fewer clusters find room on the chip.
 constexpr int preferred_cluster = 8;
+constexpr int64_t most_shared_weights = 64 << 10;
 
 template <class Shape>
 Plan cluster_of(const Shape& shape, Arithmetic arithmetic) {
@@ -34,7 +35,7 @@ Plan cluster_of(const Shape& shape, Arithmetic arithmetic) {
   plan.blocks = shape.blocks;
   plan.rows = shape.sequences();
   plan.units = shape.units;
-  plan.all_in_registers = shape.blocks_in_shared() == 0;
+  plan.shared_weight_bytes = shape.shared_weight_bytes();
   plan.shared_bytes = shape.shared_bytes();
   return plan;
 }
@@ -44,7 +45,7 @@ std::optional<Plan> cluster_of(const Sizes& z, PassKind pass, Arithmetic arithme
   const bool all_have_units = (blocks - 1) * units < z.hidden;
   if (!all_have_units || units > most_block_units) return {};
   const Plan plan = pass == PassKind::forward
-                        ? cluster_of(cluster_forward_shape(arithmetic, z.hidden, blocks, column_tiles), arithmetic)
+                        ? cluster_of(cluster_forward_shape(arithmetic, z.cell, z.hidden, blocks, column_tiles), arithmetic)
                         : cluster_of(cluster_backward_shape(arithmetic, z.cell, z.hidden, blocks, column_tiles), arithmetic);
   if (plan.shared_bytes > shared_bytes) return {};
   return plan;
@@ -65,7 +66,7 @@ Plan plan_cluster(const Sizes& z, int64_t rows, PassKind pass, const Setting& se
       if (!plan) continue;
       if (!fewest) fewest = plan;
       const int64_t clusters = z.directions * ((rows + plan->rows - 1) / plan->rows);
-      const bool worth_it = blocks <= preferred_cluster || !best || (plan->all_in_registers && !best->all_in_registers);
+      const bool worth_it = blocks <= preferred_cluster || !best || best->shared_weight_bytes > most_shared_weights;
       if (worth_it && clusters * blocks <= device.multiprocessors) best = plan;
     }
     if (best) return *best;

@@ -52,7 +52,7 @@ struct Plan {
   int blocks = 0;  // of a cluster or group, which holds all weights of one direction
   int rows = 0;    // sequences that it runs
   int units = 0;   // of a block
-  bool all_in_registers = false;  // the weights
+  int64_t shared_weight_bytes = 0;  // of a block: weights that registers have no room for
   int64_t shared_bytes = 0;
   const char* reason = "";  // for `step`
 };

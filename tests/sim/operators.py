@@ -34,7 +34,7 @@ _LITTLE_ROOM = [
     ("csrc/cuda/passes.h", "int64_t{32} << 20", "1024"),
     ("csrc/cuda/passes.h", "persistent_input_product_bytes = int64_t{128} << 20", _ONE_TO_SIX_ROUNDS),
     ("csrc/cuda/passes.h", "int64_t{128} << 20", "1024"),
-    ("csrc/cuda/cluster.h", "column_tiles == 1 ? 8 : 5", "1"),
+    ("csrc/cuda/cluster.h", "(column_tiles == 1 ? 8 : 5) - (cell == CellKind::gru)", "1"),
     ("csrc/cuda/plan.cpp", "<= device.multiprocessors", "<= device.multiprocessors / 8"),
 ]
 #: The same with so little memory for products over many steps that both passes go through every call in pieces.

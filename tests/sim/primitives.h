@@ -8,6 +8,7 @@ namespace cuda {
 
 template <class... Arguments>
 cudaError_t launch_together(void (*kernel)(Arguments...), const LaunchShape& shape, Together together, cudaStream_t, const Arguments&... arguments) {
+  if (const int failure = sim::planned_failure()) return static_cast<cudaError_t>(failure);
   sim::LaunchConfig config;
   config.grid = {shape.grid_x, shape.grid_y, shape.grid_z};
   config.block = {shape.threads, 1, 1};

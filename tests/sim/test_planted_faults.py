@@ -99,7 +99,7 @@ VARIANT_FAULTS = [
     ("forward, parity", CLUSTER_FORWARD, "static_cast<unsigned>(i - 1) / 2 % 2", "static_cast<unsigned>(i) / 2 % 2"),
     ("forward, sent to the wrong buffer", CLUSTER_FORWARD, "(h_of(i + 1))", "(h_of(i))"),
     ("forward, expected once only", CLUSTER_FORWARD, "i + 2 < rounds", "i + 2 < 0"),
-    ("forward, one outbox", CLUSTER_FORWARD, "    sync_warp();\n", ""),
+    ("forward, one outbox", CLUSTER_FORWARD, "0.0f);\n    sync_warp();\n", "0.0f);\n"),
     ("forward, sums not shared yet", CLUSTER_FORWARD, "    sync_threads();\n", ""),
     ("forward, not started", CLUSTER_FORWARD, "init();\n    cluster_arrive();\n    cluster_wait();\n", "init();"),
     ("forward, states of a piece", CLUSTER_FORWARD, "    leave_states();\n", ""),
