@@ -36,6 +36,7 @@ from boundary_results import format_rows as format_boundary_rows
 from gpu_rows import (
     CHECK,
     FULL,
+    VARIANTS,
     GpuCase,
     GpuRow,
     Sizes,
@@ -45,7 +46,7 @@ from gpu_rows import (
     importance,
     measure_row,
 )
-from gpu_timing import float32_precision, measure
+from gpu_timing import float32_precision, measure, recurrence_by
 from results import describe_machine, save
 from timing import Effort, share_time
 
@@ -268,7 +269,7 @@ def _run(command: list[str], seconds: float, **variables: str) -> tuple[int | st
 
 
 def small_calls(device: str, seconds: float) -> int:
-    """Forward and backward of every cell, dtype and kind of boundary, small, as many as there is time for."""
+    """Forward and backward of every cell, dtype, kind of boundary and variant, small, as many as there is time for."""
     end = time.monotonic() + seconds
     length, batch, size = 7, 3, 20
     kinds: dict[str, dict[str, Any]] = {
@@ -281,15 +282,22 @@ def small_calls(device: str, seconds: float) -> int:
     }
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     modules: tuple[tuple[Any, dict[str, Any]], ...] = ((hsm.LSTM, {}), (hsm.LSTM, {"proj_size": 5}), (hsm.GRU, {}))
-    calls = list(itertools.product(kinds.items(), dtypes, modules, (True, False)))
-    for done, ((_, given), dtype, (module, options), both) in enumerate(calls):
+    calls = [
+        (given, dtype, module, options, both, variant)
+        for given, dtype, (module, options), both in itertools.product(kinds.values(), dtypes, modules, (True, False))
+        for variant in ("step", *VARIANTS)
+        if variant == "step" or not (options or dtype == torch.float64)  # which step runs
+    ]
+    for done, (given, dtype, module, options, both, variant) in enumerate(calls):
         if time.monotonic() > end:
             print(f"the time was over after {done} of {len(calls)} calls")
             return 0
         rnn = module(size, size, bidirectional=both, **options).to(device, dtype)
         moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in given.items()}
-        output, _ = rnn(torch.randn(length, batch, size, device=device, dtype=dtype, requires_grad=True), **moved)
-        output.sum().backward()
+        x = torch.randn(length, batch, size, device=device, dtype=dtype, requires_grad=True)
+        with recurrence_by(variant):
+            output, _ = rnn(x, **moved)
+            output.sum().backward()
     print(f"{len(calls)} of {len(calls)} calls")
     return 0
 

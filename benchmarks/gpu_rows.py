@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from agreement import LARGEST_DIFFERENCE, largest_distance
 from boundary_cases import BoundaryCase, Target, resets, truncated
 from cases import Case, Kind, Operator, make_problem
-from gpu_timing import captured, float32_precision, measure
+from gpu_timing import captured, float32_precision, measure, recurrence_by
 from peers import OURS, TORCH, module_call
 from results import Spread, spread_of
 from timing import Contender, Effort, merged, ratio
 
 import hsm_kernels as hsm
+
+#: Kernels that run the recurrence only where they are asked for, each beside what runs by default.
+VARIANTS = ("cluster", "grid")
 
 PRECISIONS = {"bfloat16": "bfloat16", "TF32": "float32", "float16": "float16", "float32": "float32"}  # to the dtype
 
@@ -119,14 +123,20 @@ class GpuRow:
     case: GpuCase
     milliseconds: dict[str, Spread]  # by contender
     ratio: Spread  # torch.nn's time / our time
-    difference: float  # between torch.nn's results and ours, relative
+    difference: float  # between torch.nn's results and ours, relative; the largest of all variants'
     explanation: str  # how ours ran
     rounds: int
+    variants: dict[str, Spread] = field(default_factory=dict)  # ratios of those that can run the case
+    explanations: dict[str, str] = field(default_factory=dict)  # how they ran
 
     @property
     def microseconds_per_step(self) -> float:
         """Our time for one step of all sequences."""
-        return 1e3 * self.milliseconds[OURS].median / self.case.sizes.length
+        return self.microseconds_per_step_of(OURS)
+
+    def microseconds_per_step_of(self, contender: str) -> float:
+        """A contender's time for one step of all sequences."""
+        return 1e3 * self.milliseconds[contender].median / self.case.sizes.length
 
     @property
     def differs(self) -> bool:
@@ -139,17 +149,28 @@ class GpuRow:
 
 
 def measure_row(case: GpuCase, effort: Effort) -> GpuRow:
-    """Check that torch.nn and we agree on ``case``, then time both; a single step as a CUDA graph."""
+    """Check that torch.nn, we and our variants agree on ``case``, then time all; a single step as a CUDA graph."""
     problem = make_problem(case.sizes)
     grad = torch.enable_grad if case.sizes.kind == "training" else torch.inference_mode
-    calls = {OURS: module_call(problem.ours, problem), TORCH: module_call(problem.torch_nn, problem)}
+    ours = module_call(problem.ours, problem)
     with float32_precision(case.precision), grad():
-        results = {name: call() for name, call in calls.items()}
-        difference = largest_distance(results[TORCH], results[OURS])
-        del results
         explanation = str(hsm.explain(problem.ours, problem.input))
-        runs = {name: captured(call) if case.sizes.kind == "step" else call for name, call in calls.items()}
-        blocks = measure([Contender(name, run) for name, run in runs.items()], 1, effort)
+        explanations: dict[str, str] = {}
+        for variant in VARIANTS:
+            with recurrence_by(variant):
+                plan = hsm.explain(problem.ours, problem.input)
+            if plan.variant == variant:
+                explanations[variant] = str(plan)
+        calls = {OURS: ours, TORCH: module_call(problem.torch_nn, problem)} | dict.fromkeys(explanations, ours)
+        contexts = {name: partial(recurrence_by, name) if name in explanations else nullcontext for name in calls}
+        difference, runs = 0.0, {}
+        wanted = calls[TORCH]()
+        for name, call in calls.items():
+            with contexts[name]():
+                difference = max(difference, largest_distance(wanted, call()))
+                runs[name] = captured(call) if case.sizes.kind == "step" else call
+        del wanted
+        blocks = measure([Contender(name, run, contexts[name]) for name, run in runs.items()], 1, effort)
     return GpuRow(
         case=case,
         milliseconds={name: spread_of(merged(b), 1e3) for name, b in blocks.items()},
@@ -157,11 +178,13 @@ def measure_row(case: GpuCase, effort: Effort) -> GpuRow:
         difference=difference,
         explanation=explanation,
         rounds=len(blocks[OURS]),
+        variants={name: spread_of(ratio(blocks[TORCH], blocks[name])) for name in explanations},
+        explanations=explanations,
     )
 
 
 def format_rows(rows: list[GpuRow]) -> str:
-    """For each operator, kind, precision and length a line for each H with the ratios and our times for each N."""
+    """For each operator, kind, precision, length and variant a line for each H with ratios and our times for each N."""
     groups: dict[tuple[str, str, str, int], dict[tuple[int, int], GpuRow]] = defaultdict(dict)
     for row in rows:
         size = row.case.sizes
@@ -169,15 +192,21 @@ def format_rows(rows: list[GpuRow]) -> str:
     batches = sorted({row.case.sizes.batch for row in rows})
     lines = ["torch.nn's time / our time (above 1 we are faster), and our microseconds for a step"]
     for (op, kind, precision, length), found in groups.items():
-        lines += ["", f"{op} {kind} {precision} L={length}"]
-        lines.append(f"{'H':>6}" + "".join(f"{f'N={batch}':>18}" for batch in batches))
-        for hidden in sorted({hidden for hidden, _ in found}):
-            cells = (_cell(found.get((hidden, batch))) for batch in batches)
-            lines.append(f"{hidden:>6}" + "".join(f"{cell:>18}" for cell in cells))
+        for contender in (OURS, *VARIANTS):
+            if contender != OURS and not any(contender in row.variants for row in found.values()):
+                continue
+            lines += ["", f"{op} {kind} {precision} L={length}" + (f", {contender}" if contender != OURS else "")]
+            lines.append(f"{'H':>6}" + "".join(f"{f'N={batch}':>18}" for batch in batches))
+            for hidden in sorted({hidden for hidden, _ in found}):
+                cells = (_cell(found.get((hidden, batch)), contender) for batch in batches)
+                lines.append(f"{hidden:>6}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
 
 
-def _cell(row: GpuRow | None) -> str:
+def _cell(row: GpuRow | None, contender: str) -> str:
     if row is None:
         return "not measured"
-    return f"{row.ratio.median:.2f}{'~' if row.ratio.noisy else ' '}({row.microseconds_per_step:.2f})"
+    spread = row.ratio if contender == OURS else row.variants.get(contender)
+    if spread is None:
+        return "step"
+    return f"{spread.median:.2f}{'~' if spread.noisy else ' '}({row.microseconds_per_step_of(contender):.2f})"

@@ -1,5 +1,6 @@
 """Timing of calls on a GPU: by CUDA events, each call with a cold L2 cache, contenders in turns."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,18 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+@contextmanager
+def recurrence_by(variant: str) -> Iterator[None]:
+    """On a GPU the native library runs the recurrence by this variant where it can; it looks at every call."""
+    name = "HSM_KERNELS_CUDA_VARIANT"
+    before = os.environ.get(name, "")
+    os.environ[name] = variant
+    try:
+        yield
+    finally:
+        os.environ[name] = before
 
 
 @contextmanager

@@ -51,6 +51,33 @@ def test_check_measures_every_kind_of_row(checked: tuple[dict[str, Any], str]) -
     assert "GRU training bfloat16 L=5" in output and "not measured" not in output
 
 
+def test_variants_are_measured_where_they_run(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what runs by default, and each while it is asked for."""
+    rows, timing, asked = load("gpu_rows"), load("timing"), []
+
+    def explain(rnn: Any, input: Any) -> Any:
+        wanted = os.environ.get("HSM_KERNELS_CUDA_VARIANT") or "step"
+        return hsm._backend.Plan("cuda", "cluster" if wanted == "cluster" else "step", "pretended")
+
+    def measure(contenders: Any, threads: int, effort: Any) -> Any:
+        for contender in contenders:
+            with contender.context():
+                asked.append((contender.name, os.environ.get("HSM_KERNELS_CUDA_VARIANT") or "step"))
+        return plain(contenders, threads, effort)
+
+    plain = rows.measure
+    monkeypatch.setattr(hsm, "explain", explain)
+    monkeypatch.setattr(rows, "measure", measure)
+    case = next(case for case in rows.cases(rows.CHECK, "cpu") if case.sizes.kind == "training")
+    row = rows.measure_row(case, timing.Effort(0, 0.01, 2, 3))
+    assert asked == [("hsm_kernels", "step"), ("torch.nn", "step"), ("cluster", "cluster")]
+    assert row.variants.keys() == {"cluster"} and row.explanations == {"cluster": "cuda (cluster): pretended"}
+    assert row.explanation == "cuda (step): pretended" and not row.differs
+    table = rows.format_rows([row])
+    assert f"{case.sizes.op} training {case.precision} L=5, cluster" in table and "grid" not in table
+    assert not os.environ.get("HSM_KERNELS_CUDA_VARIANT")
+
+
 def test_the_grid_of_the_issue_in_the_order_of_importance(load: Load) -> None:
     rows = load("gpu_rows")
     found = rows.cases(rows.FULL, "cpu")
@@ -153,13 +180,13 @@ def test_a_command_that_does_not_end_is_stopped(load: Load) -> None:
 
 def test_small_calls_touch_everything(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     assert load("gpu_check").small_calls("cpu", 600) == 0
-    assert capsys.readouterr().out == "144 of 144 calls\n"
+    assert capsys.readouterr().out == "288 of 288 calls\n"
 
 
 def test_small_calls_end_in_time(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     """Under a sanitizer they may take a hundred times as long."""
     assert load("gpu_check").small_calls("cpu", 0) == 0
-    assert capsys.readouterr().out == "the time was over after 0 of 144 calls\n"
+    assert capsys.readouterr().out == "the time was over after 0 of 288 calls\n"
 
 
 # What needs a GPU, in a process that believes to have one, by programs that find none.
@@ -268,7 +295,7 @@ def test_sanitizers_get_their_options_and_the_small_calls(
     assert {tool: entry["status"] for tool, entry in found.items()} == {"memcheck": 0, "racecheck": 0}
     for tool, entry in found.items():
         assert f"options: --tool {tool} --error-exitcode 99 " in entry["output"]
-        assert "cache off: 1" in entry["output"] and "of 144 calls" in entry["output"]
+        assert "cache off: 1" in entry["output"] and "of 288 calls" in entry["output"]
 
 
 def test_the_sanitizer_of_a_toolkit_that_is_not_on_path(

@@ -59,6 +59,19 @@ def everything(device: str) -> dict[str, Any]:
 
 
 @on_cuda
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("variant", ["cluster", *(f"cluster:{blocks}" for blocks in (1, 2, 4, 8, 16)), "grid"])
+@every_cell
+def test_variants(device: str, cell: str, variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that run the recurrence only where they are asked for; sizes that none of their tiles divides."""
+    monkeypatch.setenv("HSM_KERNELS_CUDA_VARIANT", variant)
+    for batch, hidden in [(3, 61), (21, 125), (70, 250)]:
+        sizes = {"batch": batch, "hidden": hidden, "dtype": dtype}
+        assert_right(Case(cell, 40, directions=2, **sizes, **BOUNDARIES["all of them"]), device)
+        assert_right(Case(cell, 70, recompute=True, detach_every=16, **sizes), device)
+
+
+@on_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", BOUNDARIES)
 @pytest.mark.parametrize("cell, proj_size", CELLS)
