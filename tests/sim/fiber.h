@@ -62,10 +62,15 @@ class StackPool {
 
   void give_back(char* stack) {
     ASAN_UNPOISON_MEMORY_REGION(stack, bytes);  // frames that were abandoned never did
-    free_.push_back(stack);
+    if (free_.size() < most_kept) return free_.push_back(stack);
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    munmap(stack - page, page + bytes);
   }
 
  private:
+  // A process may have some ten thousand mappings, and many simulators.
+  static constexpr size_t most_kept = 512;
+
   std::vector<char*> free_;
 };
 

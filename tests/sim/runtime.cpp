@@ -49,6 +49,7 @@ constexpr size_t most_shared = 227 << 10;
 
 constexpr size_t shared_alignment = 128, guard_bytes = 128;
 constexpr unsigned char poison = 0xff;  // NaN in every dtype
+constexpr int most_steps_behind = 1 << 16;
 constexpr int most_idle_rounds = 200;   // in which all threads that are left only poll
 constexpr int64_t most_pending_bytes = (1 << 20) - 1;
 
@@ -90,6 +91,7 @@ struct Thread {
   const void* object = nullptr;  // the mbarrier that it waits for
   bool cluster_arrived = false;  // and has not waited since
   uint64_t cluster_phase = 0;    // in which it arrived
+  uint64_t time = 0;
 };
 
 struct Rendezvous {
@@ -328,6 +330,8 @@ class Launch {
   void step() {
     if (delivery_ == Delivery::early ? random_.below(2) == 0 : delivery_ == Delivery::random && random_.below(16) == 0) deliver();
     if (random_.below(64) == 0 && !blocks_.empty()) wake_pollers(*blocks_[random_.below(static_cast<unsigned>(blocks_.size()))]);
+    // Of many that poll some can always run.
+    if (++steps_behind_ > most_steps_behind) wake_laggards();
     Block* block = choose_block();
     if (block) return resume(*block->threads[choose_thread(*block)]);
     if (deliver() || wake_laggards()) return;
@@ -387,6 +391,7 @@ class Launch {
 
   // Some threads go on only when nobody else can: others are then as far ahead of them as they can get.
   bool wake_laggards() {
+    steps_behind_ = 0;
     const bool any = !late_.empty();
     for (Thread* t : late_) t->block->ready.add(t->index);
     late_.clear();
@@ -522,6 +527,7 @@ class Launch {
     unsigned begin, end;  // of its threads
   } laggards_{};
   std::vector<Thread*> late_;
+  int steps_behind_ = 0;  // of all others, since laggards went on
   bool has_laggards_;
   Rendezvous grid_;
   bool ended_ = false;  // any thread
@@ -660,6 +666,7 @@ void warp_meet(unsigned mask, const char* operation, void* mine, void (*apply)(c
 
 void poll(const char* what, Where where) { running->poll(what, where); }
 void progress() { running->progress(); }
+uint64_t nanoseconds() { return current->time += 1000000000; }
 
 void mbarrier_init(void* barrier, unsigned arrivals) {
   if (!current->block->holds(barrier, 8, running->shared_bytes()) || reinterpret_cast<uintptr_t>(barrier) % 8)

@@ -77,6 +77,9 @@ void warp_meet(unsigned mask, const char* operation, void* mine, void (*apply)(c
 void poll(const char* what, Where where);
 void progress();
 
+// The thread's clock, which a look at it sets forward by a second.
+uint64_t nanoseconds();
+
 // mbarriers: eight bytes of shared memory each. The addresses are of this block's shared memory, or mapped.
 void mbarrier_init(void* barrier, unsigned arrivals);
 void mbarrier_arrive(void* barrier, unsigned expected_bytes, Where where);  // expects the bytes, then arrives
