@@ -1,9 +1,11 @@
 """The CUDA sources compile for every generation, without spills or torch; the library loads where there is no GPU."""
 
+import functools
 import os
 import re
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,18 @@ def compile_one(source: str, arch: str, output: Path, *flags: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[str, Path]]:
+    """What nvcc and ptxas say of a source, and the object, for an architecture."""
+
+    @functools.cache
+    def compile_once(source: str, arch: str) -> tuple[str, Path]:
+        output = tmp_path_factory.mktemp("compiled") / "object.o"
+        return compile_one(source, arch, output, "-Xptxas", "-v"), output
+
+    return compile_once
+
+
 def spills(log: str) -> dict[str, int]:
     """The bytes that each kernel spills, by name, of those that spill any."""
     found = re.findall(r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+)", log)
@@ -65,8 +79,10 @@ def spills(log: str) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_sources_compile_without_spills(tmp_path: Path, source: str, arch: str) -> None:
-    log = compile_one(source, arch, tmp_path / "object.o", "-Xptxas", "-v")
+def test_sources_compile_without_spills(
+    compiled: Callable[[str, str], tuple[str, Path]], source: str, arch: str
+) -> None:
+    log, _ = compiled(source, arch)
     kernels = len(re.findall(r"Compiling entry function", log))
     assert kernels == len(re.findall(r"bytes spill stores", log)), log
     assert (kernels > 0) == ("HSM_KERNEL" in (ROOT / "csrc" / source).read_text())
@@ -96,9 +112,9 @@ def test_spills_are_seen(tmp_path: Path) -> None:
 @needs_nm
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
-def test_kernels_know_nothing_of_torch(tmp_path: Path, source: str) -> None:
-    compile_one(source, "80", tmp_path / "object.o")
-    command = ["nm", "--undefined-only", "--demangle", "--format=just-symbols", tmp_path / "object.o"]
+def test_kernels_know_nothing_of_torch(compiled: Callable[[str, str], tuple[str, Path]], source: str) -> None:
+    _, output = compiled(source, "80")
+    command = ["nm", "--undefined-only", "--demangle", "--format=just-symbols", output]
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert any(name.startswith("cuda") for name in symbols), "nm sees the CUDA runtime"
     assert [name for name in symbols if UNSTABLE.search(name) or name.startswith(("torch", "aoti"))] == []
