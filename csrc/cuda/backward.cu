@@ -1,6 +1,7 @@
 // The backward pass: the products over many steps, the step variant's rounds, and where a persistent variant takes their place.
 #include "cuda/backward.cuh"
 #include "cuda/cluster_passes.cuh"
+#include "cuda/grid_passes.cuh"
 
 namespace hsm {
 namespace cuda {
@@ -167,6 +168,7 @@ class BackwardPass {
     element_ = element_bytes(z_.dtype), wide_bytes_ = element_bytes(wide_);
     choose_chunks(limits);
     plan_ = plan_recurrence(z_, round_.lane_stride, PassKind::backward, setting);
+    grid_ = grid_shape(z_, round_.lane_stride, PassKind::backward, plan_);
     const bool steps = plan_.variant == Variant::step;
     const bool sums = p_.grad_reset_h != nullptr, lstm = z_.cell == CellKind::lstm;
     const int64_t lanes = z_.directions * round_.lane_stride, chunk_rows = chunk_ * z_.batch, hidden = z_.hidden, out = z_.hidden_out;
@@ -200,6 +202,7 @@ class BackwardPass {
     const int64_t product_bytes = p_.recompute ? product_steps_ * z_.batch * columns_ * wide_bytes_ : 0;
     input_product_ = arena.take_bytes(product_bytes);
     state_product_ = arena.take_bytes(product_bytes);
+    exchange_ = arena.take_bytes(grid_.exchange_words() * 4);
     workspace_bytes_ = arena.used();
   }
 
@@ -280,6 +283,8 @@ class BackwardPass {
   void run_rounds(Queue& queue, int64_t first, int64_t last, bool delivers) {
     if (plan_.variant == Variant::cluster)
       return queue.take([&](cudaStream_t stream) { return cluster_backward(round_, first, last + delivers, plan_, stream); });
+    if (plan_.variant == Variant::grid)
+      return queue.take([&](cudaStream_t stream) { return grid_backward(round_, first, last + delivers, grid_, exchange_, stream); });
     const LaunchShape units = one_thread_each(round_.lanes, z_.hidden, z_.directions);
     const LaunchShape projected = one_thread_each(round_.lanes, z_.hidden_out, z_.directions);
     for (int64_t r = first; r < last + delivers && queue.ok(); ++r) {
@@ -442,6 +447,8 @@ class BackwardPass {
   const Sizes z_;
   const ScalarKind wide_;  // what T is accumulated in
   Plan plan_;
+  GridShape grid_;
+  void* exchange_;
   int64_t element_, wide_bytes_;
   int64_t columns_;         // G * H
   bool folds_;              // segments of all sequences run beside each other

@@ -1,6 +1,7 @@
 // The forward pass: the products with the input, the step variant's rounds, and where a persistent variant takes their place.
 #include "cuda/cluster_passes.cuh"
 #include "cuda/forward.cuh"
+#include "cuda/grid_passes.cuh"
 
 namespace hsm {
 namespace cuda {
@@ -78,7 +79,8 @@ HSM_KERNEL(block_threads) forward_projected(HSM_ARGUMENT ForwardRound s) {
 class ForwardPass {
  public:
   ForwardPass(const ForwardParams& params, const Setting& setting, const Limits& limits, void* workspace)
-      : z_(params.sizes), wide_(accumulator_kind(z_.dtype)), plan_(plan_recurrence(z_, z_.batch, PassKind::forward, setting)) {
+      : z_(params.sizes), wide_(accumulator_kind(z_.dtype)), plan_(plan_recurrence(z_, z_.batch, PassKind::forward, setting)),
+        grid_(grid_shape(z_, z_.batch, PassKind::forward, plan_)) {
     round_.params = params;
     columns_ = gate_columns(z_);
     const int64_t element = element_bytes(z_.dtype), wide = element_bytes(wide_), rows = z_.directions * z_.batch;
@@ -94,6 +96,7 @@ class ForwardPass {
     round_.projected = arena.take_bytes(z_.projection ? rows * z_.hidden_out * wide : 0);
     weight_hh_.reserve(arena, z_, steps ? columns_ * z_.hidden_out : 0);
     weight_hr_.reserve(arena, z_, z_.projection ? int64_t{z_.hidden_out} * z_.hidden : 0);
+    exchange_ = arena.take_bytes(grid_.exchange_words() * 4);
     workspace_bytes_ = arena.used();
   }
 
@@ -121,6 +124,8 @@ class ForwardPass {
   void run_rounds(Queue& queue, int64_t begin, int64_t end) {
     if (plan_.variant == Variant::cluster)
       return queue.take([&](cudaStream_t stream) { return cluster_forward(round_, begin, end, plan_, stream); });
+    if (plan_.variant == Variant::grid)
+      return queue.take([&](cudaStream_t stream) { return grid_forward(round_, begin, end, grid_, exchange_, stream); });
     const LaunchShape units = one_thread_each(z_.batch, z_.hidden, z_.directions);
     for (int64_t r = begin; r < end && queue.ok(); ++r) {
       round_.index = r;
@@ -155,9 +160,11 @@ class ForwardPass {
   const Sizes z_;
   const ScalarKind wide_;
   const Plan plan_;
+  const GridShape grid_;
   ForwardRound round_{};
   int64_t columns_, chunk_;
   void* input_product_[max_directions];
+  void* exchange_;
   StackedWeights weight_hh_, weight_hr_;
   size_t workspace_bytes_;
 };

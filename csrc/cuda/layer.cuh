@@ -97,19 +97,41 @@ HSM_DEVICE Place place_of_thread(int64_t rows, int units) {
   return {static_cast<int>(block_z()), row, unit, row < rows && unit < units};
 }
 
-// The pre-activations as lstm_gates and gru_gates take them: i, f, g, o or r, z and the two halves of n. `input_product` and `state_product`
-// are (G * H,) of one step of one sequence.
+// The pre-activations as lstm_gates and gru_gates take them, i, f, g, o or r, z and the two halves of n, but for the state's product.
+// `input_product` is (G * H,) of one step of one sequence.
 template <class T, CellKind kind>
-HSM_DEVICE void preactivations(const Weights& w, int hidden, int unit, const Accumulator<T>* input_product, const Accumulator<T>* state_product,
-                               Accumulator<T> (&pre)[4]) {
+HSM_DEVICE void input_preactivations(const Weights& w, int hidden, int unit, const Accumulator<T>* input_product, Accumulator<T> (&pre)[4]) {
   constexpr bool is_lstm = kind == CellKind::lstm;
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
     const int row = (is_lstm || g < 2 ? g : 2) * hidden + unit;
     pre[g] = 0;
     if (is_lstm || g != 3) pre[g] += input_product[row] + load<T>(w.bias_ih, row);
-    if (is_lstm || g != 2) pre[g] += state_product[row] + load<T>(w.bias_hh, row);
+    if (is_lstm || g != 2) pre[g] += load<T>(w.bias_hh, row);
   }
+}
+
+template <CellKind kind>
+constexpr int gate_count = kind == CellKind::lstm ? 4 : 3;
+
+// `product`: of the state, for each gate of the unit.
+template <CellKind kind, class A>
+HSM_DEVICE void add_state_product(const A (&product)[gate_count<kind>], A (&pre)[4]) {
+  constexpr bool is_lstm = kind == CellKind::lstm;
+#pragma unroll
+  for (int g = 0; g < 4; ++g)
+    if (is_lstm || g != 2) pre[g] += product[is_lstm || g < 2 ? g : 2];
+}
+
+// All of it. `state_product` is (G * H,).
+template <class T, CellKind kind>
+HSM_DEVICE void preactivations(const Weights& w, int hidden, int unit, const Accumulator<T>* input_product, const Accumulator<T>* state_product,
+                               Accumulator<T> (&pre)[4]) {
+  Accumulator<T> product[gate_count<kind>];
+#pragma unroll
+  for (int g = 0; g < gate_count<kind>; ++g) product[g] = state_product[g * hidden + unit];
+  input_preactivations<T, kind>(w, hidden, unit, input_product, pre);
+  add_state_product<kind>(product, pre);
 }
 
 template <CellKind kind, class A>

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cuda/cluster.h"
+#include "cuda/grid.h"
 
 namespace hsm {
 namespace cuda {
@@ -108,7 +109,7 @@ Plan plan_recurrence(const Sizes& sizes, int64_t rows, PassKind pass, const Sett
   if (sizes.dtype == ScalarKind::float64) return step("only step runs float64");
   if (sizes.projection) return step("only step runs a projection");
   if (setting.request.variant == Variant::cluster) return plan_cluster(sizes, rows, pass, setting);
-  return step("there is no grid variant");
+  return plan_grid(sizes, rows, pass, arithmetic_of(sizes.dtype, setting.allow_tf32), setting.device, setting.request.blocks);
 }
 
 std::string describe(const Plan& plan) {

@@ -53,6 +53,7 @@ struct Plan {
   int rows = 0;    // sequences that it runs
   int units = 0;   // of a block
   int64_t shared_weight_bytes = 0;  // of a block: weights that registers have no room for
+  int directions = 0;  // that run together; grid
   int64_t shared_bytes = 0;
   const char* reason = "";  // for `step`
 };

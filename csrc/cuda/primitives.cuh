@@ -1,6 +1,7 @@
 // Instructions of sm_90 and sm_80, and how kernels are launched that need each other: in clusters, or all at once.
 // The simulator of tests/sim has the same names for a C++ compiler.
 //
+// HSM_HAS_MMA: the code at hand is for GPUs of compute capability 8.0 or later, which have the products and the orders of memory below.
 // HSM_HAS_CLUSTERS: the code at hand is for GPUs that have them; elsewhere those instructions must not be used.
 //
 //   launch_together(kernel, shape, together, stream, arguments...)   launch() with clusters, or cooperative, and with all the shared memory and
@@ -9,8 +10,11 @@
 //   map_to_rank(address, rank)             the same place in the shared memory of another block of the cluster
 //   mbarrier_...                           a barrier in shared memory that also counts bytes
 //   store_async(to, value, barrier)        16 bytes into another block's shared memory, which credits its barrier
-//   load_relaxed, store_relaxed            16 bytes of global memory, word by word, seen by all blocks
-//   fence()                                what was written before it is seen before what is written after it
+//   load_relaxed, store_relaxed            16 or 4 bytes of global memory, word by word, seen by all blocks
+//   fence()                                what was written or seen before it comes before what is written or looked for after it
+//   any_lane(condition)                    of the warp; all lanes call it
+//   nanoseconds()                          since some time
+//   give_up()                              ends the grid with an error
 //   mma_bf16(d, a, b) mma_fp16 mma_tf32    D += A B by one warp: m16n8k16, and m16n8k8 for TF32
 //   round_to_tf32(x)                       the operand of mma_tf32 that is nearest to x
 //   sync_warp()                            lanes of a warp meet, and see what the others wrote
@@ -41,6 +45,9 @@ using Mbarrier = uint64_t;
 }  // namespace cuda
 }  // namespace hsm
 
+#if defined(HSM_SIMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define HSM_HAS_MMA
+#endif
 #if defined(HSM_SIMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define HSM_HAS_CLUSTERS
 #endif
@@ -48,6 +55,8 @@ using Mbarrier = uint64_t;
 #ifdef HSM_SIMULATOR
 #include "sim/primitives.h"
 #else
+
+#include <cassert>
 
 namespace hsm {
 namespace cuda {
@@ -171,7 +180,22 @@ HSM_DEVICE T shuffle_xor(T value, unsigned bits) {
 }
 HSM_DEVICE void trap() { __trap(); }
 
-HSM_DEVICE void fence() { __threadfence(); }
+HSM_DEVICE void store_relaxed(uint32_t* address, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+HSM_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+HSM_DEVICE bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
+HSM_DEVICE uint64_t nanoseconds() {
+  uint64_t time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+  return time;
+}
+HSM_DEVICE void give_up() {
+  assert(!"hsm_kernels: a block waited too long for others");
+  __trap();  // where assertions are compiled away
+}
 
 HSM_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 HSM_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

@@ -58,6 +58,14 @@ T shuffle_xor(T value, unsigned bits, sim::Where where = sim::Where::here()) {
   return sim::shuffle(sim::all_lanes, value, sim::position().lane ^ bits, where);
 }
 inline void trap() { sim::fail("trap"); }
+inline void store_relaxed(uint32_t* address, uint32_t value) {
+  *address = value;
+  sim::progress();
+}
+
+inline bool any_lane(bool condition, sim::Where where = sim::Where::here()) { return sim::ballot(sim::all_lanes, condition, where) != 0; }
+inline uint64_t nanoseconds() { return sim::nanoseconds(); }
+inline void give_up() { sim::fail("a block waited too long for others"); }
 
 // Memory is one here, and kernels run one after the other.
 inline void fence() {}

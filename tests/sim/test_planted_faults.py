@@ -8,6 +8,7 @@ import torch
 from build_helpers import needs_compiler
 from layer_cases import BOUNDARIES, CELLS, assert_right
 from operators import BUILD, IN_PIECES, register, simulated
+from simulator import Build, Library
 from test_ops import Case
 
 pytestmark = [needs_compiler, pytest.mark.slow]
@@ -81,18 +82,26 @@ def test_is_found(faulty: None) -> None:
 
 CLUSTER_FORWARD, CLUSTER_BACKWARD = (f"csrc/cuda/cluster_{name}.cu" for name in ("forward", "backward"))
 
-# Each is found by cases of bfloat16, so nothing else is compiled. Pieces of the backward pass have several rounds.
-ONE_PRECISION = IN_PIECES.patched("csrc/cuda/passes.h", "gate_gradient_bytes = 1024", "gate_gradient_bytes = 12000")
-for _line in (
-    "    case Arithmetic::float16: return function(std::integral_constant<Arithmetic, Arithmetic::float16>{});\n",
-    "    case Arithmetic::tf32: return function(std::integral_constant<Arithmetic, Arithmetic::tf32>{});\n",
-):
-    ONE_PRECISION = ONE_PRECISION.patched("csrc/cuda/cluster_passes.cuh", _line, "")
-ONE_PRECISION = ONE_PRECISION.patched(
-    "csrc/cuda/cluster_passes.cuh",
-    "return function(std::integral_constant<Arithmetic, Arithmetic::float32>{})",
-    "return cudaErrorInvalidValue",
+
+def in_one_precision(build: Build) -> Build:
+    """Each fault is found by cases of bfloat16, so nothing else is compiled."""
+    for line in (
+        "    case Arithmetic::float16: return function(std::integral_constant<Arithmetic, Arithmetic::float16>{});\n",
+        "    case Arithmetic::tf32: return function(std::integral_constant<Arithmetic, Arithmetic::tf32>{});\n",
+    ):
+        build = build.patched("csrc/cuda/cluster_passes.cuh", line, "")
+    return build.patched(
+        "csrc/cuda/cluster_passes.cuh",
+        "return function(std::integral_constant<Arithmetic, Arithmetic::float32>{})",
+        "return cudaErrorInvalidValue",
+    )
+
+
+# Pieces of the backward pass have several rounds.
+ONE_PRECISION = in_one_precision(
+    IN_PIECES.patched("csrc/cuda/passes.h", "gate_gradient_bytes = 1024", "gate_gradient_bytes = 12000")
 )
+ONE_PRECISION_WHOLE = in_one_precision(BUILD)
 
 VARIANT_FAULTS = [
     ("forward, no wait", CLUSTER_FORWARD, "    mbarrier_wait(barrier, static_cast<unsigned>(i - 1) / 2 % 2);\n", ""),
@@ -148,3 +157,63 @@ def test_without_a_fault(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None)
     with simulated(register(ONE_PRECISION.load())):
         for case in variant_witnesses():
             assert_right(case)
+
+
+GRID, GRID_FORWARD, GRID_BACKWARD = (f"csrc/cuda/grid{name}" for name in (".cuh", "_forward.cu", "_backward.cu"))
+SEND = "  store_relaxed(exchange_buffer(shape, exchange, group, pass, round + 1) + at, word);\n"
+RESET = "  store_relaxed(exchange_buffer(shape, exchange, group, pass, round - 1 + grid_buffers) + at, nothing);\n"
+
+GRID_FAULTS = [
+    ("no wait", GRID, "if (!any_lane(missing)) return;", "return;"),
+    ("swapped buffer", GRID, SEND, SEND.replace("round + 1", "round + 2")),
+    ("nothing reset", GRID, RESET, ""),
+    ("reset too early", GRID, RESET, RESET.replace("round - 1", "round")),
+    ("sequences of a group", GRID, "first_column = group % shape.groups * shape.columns", "first_column = 0"),
+    ("forward, one buffer of sums", GRID_FORWARD, "partials + turn * shape.partial_floats()", "partials"),
+    ("forward, states of a piece", GRID_FORWARD, "      static_cast<T*>(s.round.state_h)[state] = entering;\n", ""),
+    ("backward, sums not there yet", GRID_BACKWARD, "lanes, partial);\n      sync_threads();", "lanes, partial);"),
+    ("backward, gradients of a piece", GRID_BACKWARD, "round + 1 == s.rounds", "false"),
+]
+
+
+@pytest.fixture
+def grid_of_three(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HSM_KERNELS_CUDA_VARIANT", "grid:3")
+    torch.set_num_threads(1)
+
+
+def is_right_in_a_grid(library: Library) -> bool:
+    """With one launch for each piece of some rounds, and with one for all."""
+    library.set_seed(0)
+    with simulated(register(library)):
+        for cell in ("LSTM", "GRU"):
+            for steps, batch, directions in [(12, 3, 2), (3, 34, 1)]:
+                case = Case(cell, steps, batch, hidden=21, directions=directions, dtype=torch.bfloat16)
+                try:
+                    assert_right(case)
+                except (AssertionError, RuntimeError):
+                    return False
+    return True
+
+
+#: In pieces, what is handed from one to the next counts; in one piece, buffers are used again.
+GRID_BUILDS = {"whole": ONE_PRECISION_WHOLE, "in pieces": ONE_PRECISION}
+
+
+@pytest.mark.parametrize("fault", GRID_FAULTS, ids=[name for name, *_ in GRID_FAULTS])
+def test_is_found_in_a_grid(grid_of_three: None, fault: tuple[str, str, str, str]) -> None:
+    kind, *change = fault
+    build = GRID_BUILDS["in pieces" if "piece" in kind else "whole"]
+    assert not is_right_in_a_grid(build.patched(*change).load())
+
+
+def test_without_a_fault_in_a_grid(grid_of_three: None) -> None:
+    for build in GRID_BUILDS.values():
+        assert is_right_in_a_grid(build.load())
+
+
+def test_a_lost_block_is_an_error(grid_of_three: None) -> None:
+    """Where a block sends nothing the others end, and say why."""
+    library = ONE_PRECISION_WHOLE.patched(GRID, SEND, f"  if (block_x() != 1)\n  {SEND}").load()
+    with simulated(register(library)), pytest.raises(RuntimeError, match="a block waited too long for others"):
+        Case("GRU", hidden=21, dtype=torch.bfloat16).forward()

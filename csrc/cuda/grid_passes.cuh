@@ -1,0 +1,16 @@
+// The rounds of a pass by the grid variant.
+#pragma once
+
+#include "cuda/backward.cuh"
+#include "cuda/forward.cuh"
+#include "cuda/grid.h"
+
+namespace hsm {
+namespace cuda {
+
+// Rounds [begin, end), from what is in `round` to what is there. `exchange`: shape.exchange_words() words.
+cudaError_t grid_forward(const ForwardRound& round, int64_t begin, int64_t end, const GridShape& shape, void* exchange, cudaStream_t stream);
+cudaError_t grid_backward(const BackwardRound& round, int64_t begin, int64_t end, const GridShape& shape, void* exchange, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace hsm
