@@ -80,7 +80,7 @@ def draw_ratios(rows: list[Row], title: str) -> Any:
         squeeze=False,
         layout="constrained",
     )
-    figure.suptitle(f"peer time / {OURS} time (blue: we are faster), {title}", fontsize=10)
+    figure.suptitle(f"peer time / {OURS} time (blue: we are faster)\n{title}", fontsize=10)
     for axes_line, (op, peer) in zip(grid, lines, strict=True):
         for axes, panel in zip(axes_line, columns, strict=True):
             chosen = [r for r in mapped if (r.case.op, r.case.kind, r.case.length) == (op, *panel)]
@@ -130,7 +130,7 @@ def draw_times(rows: list[Row], title: str) -> Any:
         squeeze=False,
         layout="constrained",
     )
-    figure.suptitle(f"Time of a call (log scale), {title}", fontsize=10)
+    figure.suptitle(f"Time of a call (log scale)\n{title}", fontsize=10)
     for axes_line, (op, found) in zip(grid, panels.items(), strict=True):
         for axes in axes_line[len(found) :]:
             axes.set_axis_off()
