@@ -74,7 +74,7 @@ def failures(simulator: Library, call: Callable[[], list[Tensor]], words: str) -
 def test_out_of_memory_in_mid_call(simulator: Library, cell: str) -> None:
     """Wherever it happens it is torch's error, says what to do, and the next call works."""
     errors = failures(simulator, step(cell), FULL)
-    assert len(errors) > 20
+    assert len(errors) > 15
     told = [str(error) for error in errors]
     assert all("recompute=True; torch says: CUDA out of memory. Tried" in text for text in told)
     for what in ("tensor of shape (4, 3, 14)", "cuBLAS handle, or workspace", "contiguous copy of input (4, 3, 5)"):
