@@ -28,6 +28,14 @@ needs_repository = pytest.mark.skipif(
     not (ROOT / "setup.py").is_file(), reason="the tests were copied out of the repository"
 )
 
+
+def script(path: Path, text: str) -> Path:
+    """A program of the shell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
 TINY_SOURCE = """
 extern "C" __attribute__((visibility("default"))) int answer() { return 42; }
 """

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from build_helpers import script
 
 import hsm_kernels as hsm
 
@@ -269,13 +270,6 @@ def test_tests_for_gpus_are_found(load: Load, gpu: None) -> None:
     assert found["status"] == 0 and " skipped" in found["output"], found
     collected = [line for line in found["output"].splitlines() if "skipped" in line]
     assert "failed" not in collected[-1] and "error" not in collected[-1]
-
-
-def script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def test_sanitizers_get_their_options_and_the_small_calls(

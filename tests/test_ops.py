@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -395,6 +397,33 @@ def test_threads_give_the_same_bits(cell: str, directions: int, name: str) -> No
         torch.testing.assert_close(grads, results[0][1], rtol=1e-4, atol=1e-4)
     wanted = case.in_dtype(torch.float64).by_reference()
     torch.testing.assert_close(results[0][0], tuple(w.float() for w in wanted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cpu
+def test_callers_at_once_have_memory_of_their_own() -> None:
+    """More threads of Python than there are kept workspaces for; a thread's serves calls of other sizes, too."""
+    callers, calls, before = 12, 100, torch.get_num_threads()
+    # 8 MB of weights, and 50 KB.
+    large, small = (hsm.LSTM(hidden, hidden).requires_grad_(False) for hidden in (512, 40))
+    inputs = [(torch.randn(40, 4, 512), torch.randn(40, 4, 40)) for _ in range(callers)]
+    together = threading.Barrier(callers)
+
+    def call(caller: int) -> list[Tensor]:
+        together.wait()
+        x, y = inputs[caller]
+        first = small(y)[0]  # and what it left has to grow
+        return [large(x)[0], first, *(small(y)[0] for _ in range(calls - 1))]
+
+    torch.set_num_threads(1)
+    try:
+        wanted = [(large(x)[0], small(y)[0]) for x, y in inputs]
+        with ThreadPoolExecutor(callers) as pool:
+            found = list(pool.map(call, range(callers)))
+    finally:
+        torch.set_num_threads(before)
+    for (of_large, *of_small), (wanted_large, wanted_small) in zip(found, wanted, strict=True):
+        torch.testing.assert_close(of_large, wanted_large, rtol=0, atol=0)
+        torch.testing.assert_close(of_small, [wanted_small] * calls, rtol=0, atol=0)
 
 
 @pytest.mark.cpu

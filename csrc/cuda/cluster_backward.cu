@@ -12,11 +12,7 @@ namespace hsm {
 namespace cuda {
 namespace {
 
-struct BackwardClusters {
-  BackwardRound round;
-  int64_t begin, end;  // rounds
-  ClusterBackwardShape shape;
-};
+using BackwardClusters = ClusterRun<BackwardRound, ClusterBackwardShape>;
 
 template <Arithmetic arithmetic, CellKind kind, int n_tiles>
 class BackwardWarp {
@@ -267,20 +263,16 @@ HSM_KERNEL(32 * most_cluster_warps) cluster_backward_kernel(HSM_ARGUMENT Backwar
 #endif
 }
 
-template <Arithmetic arithmetic, CellKind kind>
-cudaError_t launch_for(const BackwardClusters& s, cudaStream_t stream) {
-  const auto kernel = s.shape.column_tiles == 1 ? cluster_backward_kernel<arithmetic, kind, 1> : cluster_backward_kernel<arithmetic, kind, 2>;
-  return launch_clusters(kernel, s.round.lanes, s.round.params.sizes.directions, s, stream);
-}
-
 }  // namespace
 
 cudaError_t cluster_backward(const BackwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream) {
   const Sizes& z = round.params.sizes;
   const BackwardClusters s{round, begin, end, cluster_backward_shape(plan.arithmetic, z.cell, z.hidden, plan.blocks, plan.rows / tile_sequences)};
-  return with_arithmetic(plan.arithmetic, [&](auto arithmetic) {
+  return with_arithmetic_and_cell(plan.arithmetic, z.cell, [&](auto arithmetic, auto cell) {
     constexpr Arithmetic a = decltype(arithmetic)::value;
-    return z.cell == CellKind::lstm ? launch_for<a, CellKind::lstm>(s, stream) : launch_for<a, CellKind::gru>(s, stream);
+    constexpr CellKind kind = decltype(cell)::value;
+    const auto kernel = s.shape.column_tiles == 1 ? cluster_backward_kernel<a, kind, 1> : cluster_backward_kernel<a, kind, 2>;
+    return launch_clusters(kernel, round.lanes, s, stream);
   });
 }
 

@@ -12,11 +12,7 @@ namespace hsm {
 namespace cuda {
 namespace {
 
-struct ForwardClusters {
-  ForwardRound round;
-  int64_t begin, end;  // rounds
-  ClusterForwardShape shape;
-};
+using ForwardClusters = ClusterRun<ForwardRound, ClusterForwardShape>;
 
 template <Arithmetic arithmetic, CellKind kind, int n_tiles>
 class ForwardWarp {
@@ -340,21 +336,16 @@ HSM_KERNEL(32 * most_cluster_warps) cluster_forward_kernel(HSM_ARGUMENT ForwardC
 #endif
 }
 
-template <Arithmetic arithmetic, CellKind kind>
-cudaError_t launch_for(const ForwardClusters& s, cudaStream_t stream) {
-  const Sizes& z = s.round.params.sizes;
-  const auto kernel = s.shape.column_tiles == 1 ? cluster_forward_kernel<arithmetic, kind, 1> : cluster_forward_kernel<arithmetic, kind, 2>;
-  return launch_clusters(kernel, z.batch, z.directions, s, stream);
-}
-
 }  // namespace
 
 cudaError_t cluster_forward(const ForwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream) {
   const Sizes& z = round.params.sizes;
   const ForwardClusters s{round, begin, end, cluster_forward_shape(plan.arithmetic, z.cell, z.hidden, plan.blocks, plan.rows / tile_sequences)};
-  return with_arithmetic(plan.arithmetic, [&](auto arithmetic) {
+  return with_arithmetic_and_cell(plan.arithmetic, z.cell, [&](auto arithmetic, auto cell) {
     constexpr Arithmetic a = decltype(arithmetic)::value;
-    return z.cell == CellKind::lstm ? launch_for<a, CellKind::lstm>(s, stream) : launch_for<a, CellKind::gru>(s, stream);
+    constexpr CellKind kind = decltype(cell)::value;
+    const auto kernel = s.shape.column_tiles == 1 ? cluster_forward_kernel<a, kind, 1> : cluster_forward_kernel<a, kind, 2>;
+    return launch_clusters(kernel, z.batch, s, stream);
   });
 }
 

@@ -1,8 +1,6 @@
 // The rounds of a pass by the cluster variant.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/backward.cuh"
 #include "cuda/cluster.h"
 #include "cuda/forward.cuh"
@@ -16,23 +14,20 @@ cudaError_t cluster_forward(const ForwardRound& round, int64_t begin, int64_t en
 
 cudaError_t cluster_backward(const BackwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream);
 
-// Calls function(std::integral_constant<Arithmetic, ...>{}).
-template <class Function>
-cudaError_t with_arithmetic(Arithmetic arithmetic, Function function) {
-  switch (arithmetic) {
-    case Arithmetic::bfloat16: return function(std::integral_constant<Arithmetic, Arithmetic::bfloat16>{});
-    case Arithmetic::float16: return function(std::integral_constant<Arithmetic, Arithmetic::float16>{});
-    case Arithmetic::tf32: return function(std::integral_constant<Arithmetic, Arithmetic::tf32>{});
-    default: return function(std::integral_constant<Arithmetic, Arithmetic::float32>{});
-  }
-}
+// What a kernel gets: rounds [begin, end) and how they are shared out.
+template <class Round, class Shape>
+struct ClusterRun {
+  Round round;
+  int64_t begin, end;
+  Shape shape;
+};
 
 // A cluster for every shape.sequences() of `rows`, in each direction.
-template <class Clusters>
-cudaError_t launch_clusters(void (*kernel)(Clusters), int64_t rows, int directions, const Clusters& s, cudaStream_t stream) {
+template <class Run>
+cudaError_t launch_clusters(void (*kernel)(Run), int64_t rows, const Run& s, cudaStream_t stream) {
   const int64_t clusters = (rows + s.shape.sequences() - 1) / s.shape.sequences();
   LaunchShape shape{static_cast<unsigned>(s.shape.blocks * clusters)};
-  shape.grid_y = static_cast<unsigned>(directions);
+  shape.grid_y = static_cast<unsigned>(s.round.params.sizes.directions);
   shape.threads = static_cast<unsigned>(32 * s.shape.warps);
   shape.shared_bytes = static_cast<size_t>(s.shape.shared_bytes());
   Together together;

@@ -336,6 +336,17 @@ HSM_KERNEL(block_threads) begin_exchange(HSM_ARGUMENT GridBeginning s) {
 #endif
 }
 
+// What a kernel gets.
+template <class Round>
+struct GridRun {
+  Round round;
+  GridShape shape;
+  int first_direction;
+  int64_t begin;  // the first of
+  int rounds;
+  uint32_t* exchange;
+};
+
 // Launches kernel(run) for all directions, as many at once as there is room for.
 template <Arithmetic arithmetic, class Run>
 cudaError_t launch_grid(void (*kernel)(Run), Run run, GridBeginning beginning, int directions, cudaStream_t stream) {

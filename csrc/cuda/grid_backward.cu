@@ -1,20 +1,12 @@
 // Rounds of the backward pass by the grid variant: blocks send each other the gradients of their units' pre-activations, and each multiplies those
 // of all with its units' columns of the recurrent weights.
-#include "cuda/cluster_passes.cuh"
 #include "cuda/grid.cuh"
 
 namespace hsm {
 namespace cuda {
 namespace {
 
-struct GridBackward {
-  BackwardRound round;
-  GridShape shape;
-  int first_direction;
-  int64_t begin;  // the first of
-  int rounds;
-  uint32_t* exchange;
-};
+using GridBackward = GridRun<BackwardRound>;
 
 // Shared memory: two buffers of partial products, then weights.
 template <Arithmetic arithmetic, CellKind kind>
@@ -92,10 +84,9 @@ cudaError_t grid_backward(const BackwardRound& round, int64_t begin, int64_t end
   const Sizes& z = round.params.sizes;
   const GridBackward s{round, shape, 0, begin, static_cast<int>(end - begin), static_cast<uint32_t*>(exchange)};
   const GridBeginning beginning{shape, z.hidden, 0, round.lanes, round.lane_stride, begin > 0 ? round.hidden_gates : nullptr, s.exchange};
-  return with_arithmetic(shape.arithmetic, [&](auto arithmetic) {
+  return with_arithmetic_and_cell(shape.arithmetic, z.cell, [&](auto arithmetic, auto cell) {
     constexpr Arithmetic a = decltype(arithmetic)::value;
-    const auto kernel = z.cell == CellKind::lstm ? grid_backward_kernel<a, CellKind::lstm> : grid_backward_kernel<a, CellKind::gru>;
-    return launch_grid<a>(kernel, s, beginning, z.directions, stream);
+    return launch_grid<a>(grid_backward_kernel<a, decltype(cell)::value>, s, beginning, z.directions, stream);
   });
 }
 

@@ -1,19 +1,11 @@
 // Rounds of the forward pass by the grid variant.
-#include "cuda/cluster_passes.cuh"
 #include "cuda/grid.cuh"
 
 namespace hsm {
 namespace cuda {
 namespace {
 
-struct GridForward {
-  ForwardRound round;
-  GridShape shape;
-  int first_direction;
-  int64_t begin;  // the first of
-  int rounds;
-  uint32_t* exchange;
-};
+using GridForward = GridRun<ForwardRound>;
 
 // Shared memory: two buffers of partial products, then weights.
 template <Arithmetic arithmetic, CellKind kind>
@@ -95,10 +87,9 @@ cudaError_t grid_forward(const ForwardRound& round, int64_t begin, int64_t end, 
   const Sizes& z = round.params.sizes;
   const GridForward s{round, shape, 0, begin, static_cast<int>(end - begin), static_cast<uint32_t*>(exchange)};
   const GridBeginning beginning{shape, z.hidden, 0, z.batch, z.batch, round.state_h, s.exchange};
-  return with_arithmetic(shape.arithmetic, [&](auto arithmetic) {
+  return with_arithmetic_and_cell(shape.arithmetic, z.cell, [&](auto arithmetic, auto cell) {
     constexpr Arithmetic a = decltype(arithmetic)::value;
-    const auto kernel = z.cell == CellKind::lstm ? grid_forward_kernel<a, CellKind::lstm> : grid_forward_kernel<a, CellKind::gru>;
-    return launch_grid<a>(kernel, s, beginning, z.directions, stream);
+    return launch_grid<a>(grid_forward_kernel<a, decltype(cell)::value>, s, beginning, z.directions, stream);
   });
 }
 

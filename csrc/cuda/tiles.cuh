@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "cuda/cluster.h"
 #include "cuda/layer.cuh"
@@ -138,6 +139,21 @@ HSM_DEVICE void add_block_in_float32(TileSums (&sums)[n_tiles], const Words4* wa
           sums[n].of[k][2 + column] += a[1] * x[0] + a[3] * x[1];
         }
     }
+}
+
+// Calls function(arithmetic, cell), both as std::integral_constant.
+template <class Function>
+cudaError_t with_arithmetic_and_cell(Arithmetic arithmetic, CellKind cell, Function function) {
+  const auto with_cell = [&](auto constant) {
+    if (cell == CellKind::lstm) return function(constant, std::integral_constant<CellKind, CellKind::lstm>{});
+    return function(constant, std::integral_constant<CellKind, CellKind::gru>{});
+  };
+  switch (arithmetic) {
+    case Arithmetic::bfloat16: return with_cell(std::integral_constant<Arithmetic, Arithmetic::bfloat16>{});
+    case Arithmetic::float16: return with_cell(std::integral_constant<Arithmetic, Arithmetic::float16>{});
+    case Arithmetic::tf32: return with_cell(std::integral_constant<Arithmetic, Arithmetic::tf32>{});
+    default: return with_cell(std::integral_constant<Arithmetic, Arithmetic::float32>{});
+  }
 }
 
 }  // namespace cuda

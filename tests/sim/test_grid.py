@@ -1,6 +1,5 @@
 """Layers by the grid variant's kernels, on the simulator, against the reference in float64."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,11 +8,11 @@ from build_helpers import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import BOUNDARIES, assert_right
-from operators import BUILD, IN_PIECES, recurrence, register, simulated
+from operators import BUILD, recurrence
 from simulator import Library
 from test_ops import LOW_PRECISION, Case
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.usefixtures("simulator")]
 
 GRID = "csrc/cuda/grid.h"
 #: Warps hold one chunk of their weights and wait for one or two at once, so that small weights go all ways.
@@ -24,26 +23,6 @@ NAN = torch.tensor([-1], dtype=torch.int32).view(torch.float32)  # all bits are 
 
 
 WHOLE = pytest.mark.parametrize("library", [BUILD], ids=["whole"], indirect=True)
-
-
-@pytest.fixture(scope="module", params=[BUILD, IN_PIECES], ids=["whole", "in pieces"])
-def library(request: pytest.FixtureRequest) -> Library:
-    return request.param.load()
-
-
-@pytest.fixture(scope="module")
-def operators(library: Library) -> torch.library.Library:
-    return register(library)
-
-
-@pytest.fixture(autouse=True)
-def simulator(library: Library, operators: torch.library.Library, poisoned_memory: None) -> Iterator[Library]:
-    library.set_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with simulated(operators):
-        yield library
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

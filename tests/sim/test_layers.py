@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,34 +11,13 @@ from build_helpers import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import BOUNDARIES, CELLS, DTYPES, SHAPES, assert_right
-from operators import BUILD, IN_PIECES, recurrence, register, simulated
+from operators import recurrence
 from simulator import SANITIZED, Library, sanitized_environment
 from test_ops import LOW_PRECISION, Case, cases
 
 import hsm_kernels as hsm
 
-pytestmark = needs_compiler
-
-
-@pytest.fixture(scope="module", params=[BUILD, IN_PIECES], ids=["whole", "in pieces"])
-def library(request: pytest.FixtureRequest) -> Library:
-    return request.param.load()
-
-
-@pytest.fixture(scope="module")
-def operators(library: Library) -> torch.library.Library:
-    return register(library)
-
-
-@pytest.fixture(autouse=True)
-def simulator(library: Library, operators: torch.library.Library, poisoned_memory: None) -> Iterator[Library]:
-    """Everything in this file runs on the simulator."""
-    library.set_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of so little work they would only wait
-    with simulated(operators):
-        yield library
-    torch.set_num_threads(threads)
+pytestmark = [needs_compiler, pytest.mark.usefixtures("simulator")]
 
 
 def test_the_kernels_run(simulator: Library) -> None:

@@ -27,11 +27,6 @@ def library() -> Library:
     return BUILD.load()
 
 
-@pytest.fixture(scope="module")
-def operators(library: Library) -> torch.library.Library:
-    return register(library)
-
-
 @pytest.fixture(autouse=True)
 def simulator(library: Library, operators: torch.library.Library) -> Iterator[Library]:
     library.set_seed(0)

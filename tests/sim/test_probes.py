@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from build_helpers import needs_compiler
+from build_helpers import needs_compiler, script
 from simulator import ROOT, Build, Library
 
 PROBES = ROOT / "benchmarks" / "gpu_probes.py"
@@ -110,13 +110,6 @@ def test_prints_what_the_program_printed(tmp_path: Path) -> None:
     assert "grid variant" in done.stdout and "above 1.3" not in done.stdout
     assert done.returncode == 1 and "3 wrong_words" in done.stderr
     assert json.loads(out.read_text())["cluster_exchange"] == report["cluster_exchange"]
-
-
-def script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 def test_a_program_that_hangs_is_stopped(

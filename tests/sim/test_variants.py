@@ -1,6 +1,5 @@
 """Layers by the persistent kernels of the recurrence, on the simulator, against the reference in float64."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,36 +9,16 @@ from build_helpers import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import BOUNDARIES, assert_right
-from operators import BUILD, IN_PIECES, recurrence, register, simulated
+from operators import recurrence
 from simulator import Library
 from test_ops import Case
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.usefixtures("simulator")]
 
 #: What products are computed in, by the dtype and whether TF32 is allowed.
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 #: A number of hidden units for each number of blocks of a cluster, none a multiple of what a warp takes.
 HIDDEN = {1: 35, 2: 44, 4: 53, 8: 61, 16: 125}
-
-
-@pytest.fixture(scope="module", params=[BUILD, IN_PIECES], ids=["whole", "in pieces"])
-def library(request: pytest.FixtureRequest) -> Library:
-    return request.param.load()
-
-
-@pytest.fixture(scope="module")
-def operators(library: Library) -> torch.library.Library:
-    return register(library)
-
-
-@pytest.fixture(autouse=True)
-def simulator(library: Library, operators: torch.library.Library, poisoned_memory: None) -> Iterator[Library]:
-    library.set_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with simulated(operators):
-        yield library
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=HIDDEN, ids="{} blocks".format)
