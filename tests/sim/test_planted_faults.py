@@ -86,13 +86,13 @@ CLUSTER_FORWARD, CLUSTER_BACKWARD = (f"csrc/cuda/cluster_{name}.cu" for name in 
 def in_one_precision(build: Build) -> Build:
     """Each fault is found by cases of bfloat16, so nothing else is compiled."""
     for line in (
-        "    case Arithmetic::float16: return function(std::integral_constant<Arithmetic, Arithmetic::float16>{});\n",
-        "    case Arithmetic::tf32: return function(std::integral_constant<Arithmetic, Arithmetic::tf32>{});\n",
+        "    case Arithmetic::float16: return with_cell(std::integral_constant<Arithmetic, Arithmetic::float16>{});\n",
+        "    case Arithmetic::tf32: return with_cell(std::integral_constant<Arithmetic, Arithmetic::tf32>{});\n",
     ):
-        build = build.patched("csrc/cuda/cluster_passes.cuh", line, "")
+        build = build.patched("csrc/cuda/tiles.cuh", line, "")
     return build.patched(
-        "csrc/cuda/cluster_passes.cuh",
-        "return function(std::integral_constant<Arithmetic, Arithmetic::float32>{})",
+        "csrc/cuda/tiles.cuh",
+        "return with_cell(std::integral_constant<Arithmetic, Arithmetic::float32>{})",
         "return cudaErrorInvalidValue",
     )
 
