@@ -2,6 +2,7 @@
 #include "cuda/backward.cuh"
 #include "cuda/cluster_passes.cuh"
 #include "cuda/grid_passes.cuh"
+#include "cuda/schedule.cuh"
 
 namespace hsm {
 namespace cuda {
@@ -34,11 +35,11 @@ HSM_KERNEL(block_threads) backward_projected(HSM_ARGUMENT BackwardRound s) {
   const Sizes& z = p.sizes;
   const Place place = place_of_thread(s.lanes, z.hidden_out);
   if (!place.exists) return;
-  const BackwardVisit visit = visit_of(s, s.index, place.direction, place.row);
-  const int size = z.hidden_out, unit = place.unit;
-  const int64_t lane = visit.direction * s.lane_stride + visit.lane, at = lane * size + unit;
-  const A outer = outer_gradient<T>(visit, z, size, unit, p.grad_h_n, p.grad_output);
-  const A grad = state_gradient<T>(visit, static_cast<const A*>(s.from_gates)[at], outer, z, size, unit, lane, p.grad_h_0, s.reset_h);
+  const BackwardVisit visit = visit_of(s, place.direction, place.row);
+  const int d = visit.direction, size = z.hidden_out, unit = place.unit;
+  const int64_t at = (d * s.lane_stride + place.row) * size + unit;
+  const A outer = outer_gradient<T>(visit, z, size, unit, p.grad_h_n, s.handed_h, p.grad_output);
+  const A grad = state_gradient<T>(s, visit, static_cast<const A*>(s.from_gates)[at], outer, size, unit, p.grad_h_0, s.left_h, s.reset_h[d]);
   store<T>(s.grad_h, at, grad);
   if (visit.has_step) store<T>(p.grad_h, place_of(visit.step, visit, z) * size + unit, grad);
 }
@@ -50,9 +51,9 @@ HSM_KERNEL(block_threads) backward_cell(HSM_ARGUMENT BackwardRound s) {
   const Sizes& z = s.params.sizes;
   const Place place = place_of_thread(s.lanes, z.hidden);
   if (!place.exists) return;
-  const BackwardVisit visit = visit_of(s, s.index, place.direction, place.row);
+  const BackwardVisit visit = visit_of(s, place.direction, place.row);
   const int unit = place.unit;
-  const int64_t lane = visit.direction * s.lane_stride + visit.lane, at = lane * z.hidden + unit;
+  const int64_t lane = visit.direction * s.lane_stride + place.row, at = lane * z.hidden + unit;
   const A incoming = static_cast<const A*>(z.projection ? s.from_h : s.from_gates)[at];
   const StepInputs<A> in = inputs_of<T, kind>(s, visit, unit);
   const GateGradients<A> grad = backward_unit<T, kind>(s, visit, unit, in, incoming, static_cast<A*>(s.carried)[at]);
@@ -62,23 +63,38 @@ HSM_KERNEL(block_threads) backward_cell(HSM_ARGUMENT BackwardRound s) {
   for (int g = 0; g < gate_count; ++g) store<T>(s.hidden_gates, (lane * gate_count + g) * z.hidden + unit, grad.template of_hidden<kind>(g));
 }
 
-// What all segments of a sequence sent to its reset state, in the order of the segments.
-struct LaneSums {
-  int64_t batch, lanes, lane_stride;
+// What the steps of a chunk sent to the reset state of their sequence, added up in the order of time.
+struct ResetSums {
+  Boundaries boundaries;
+  int64_t steps, batch, chunk_steps;
   int size;
-  const void* parts;  // A (D, lanes, size)
-  void* sums;         // T (D, N, size)
+  int64_t first_step[max_directions];
+  const void* parts[max_directions];  // A (chunk_steps, N, size): looked at where a step was entered from the reset state
+  void* totals;                       // A (D, N, size): of the chunks so far
+  void* result;                       // T (D, N, size): the totals
+  bool add;                           // to what `totals` holds
 };
 
 template <class T>
-HSM_KERNEL(block_threads) sum_lanes(HSM_ARGUMENT LaneSums s) {
+HSM_KERNEL(block_threads) add_resets(HSM_ARGUMENT ResetSums s) {
   using A = Accumulator<T>;
   const Place place = place_of_thread(s.batch, s.size);
+  const int d = place.direction;
+  const int64_t n = place.row;
+  if (n >= s.batch) return;
+  const Sequences sequences{s.boundaries, s.steps};
+  const int64_t at = (d * s.batch + n) * s.size + place.unit;
+  A sum = place.exists && s.add ? static_cast<const A*>(s.totals)[at] : 0;
+  // A warp has one sequence, and each of its lanes looks at one of 32 steps.
+  for (int64_t tile = 0; tile < s.chunk_steps; tile += 32) {
+    const int64_t step = tile + lane();
+    const bool reset = step < s.chunk_steps && sequences.resets(s.first_step[d] + step + d, n);
+    for (unsigned bits = ballot(reset); bits; bits &= bits - 1)
+      if (place.exists) sum += static_cast<const A*>(s.parts[d])[((tile + lowest_bit(bits)) * s.batch + n) * s.size + place.unit];
+  }
   if (!place.exists) return;
-  A sum = 0;
-  for (int64_t lane = place.row; lane < s.lanes; lane += s.batch)
-    sum += static_cast<const A*>(s.parts)[(place.direction * s.lane_stride + lane) * s.size + place.unit];
-  store<T>(s.sums, (place.direction * s.batch + place.row) * s.size + place.unit, sum);
+  static_cast<A*>(s.totals)[at] = sum;
+  store<T>(s.result, at, sum);
 }
 
 // The activated gates of many steps of one direction at once.
@@ -166,24 +182,35 @@ class BackwardPass {
     p_ = layer.params;
     columns_ = gate_columns(z_);
     element_ = element_bytes(z_.dtype), wide_bytes_ = element_bytes(wide_);
+    const Boundaries& boundaries = p_.boundaries;
+    const bool cuts = boundaries.reset_mask || boundaries.detach_mask || boundaries.lengths;
+    plan_ = plan_recurrence(z_, PassKind::backward, cuts, setting);
+    grid_ = grid_shape(z_, PassKind::backward, plan_);
+    const bool steps = plan_.variant == Variant::step, lstm = z_.cell == CellKind::lstm;
+    deals_ = cuts && !steps;
     choose_chunks(limits);
-    plan_ = plan_recurrence(z_, round_.lane_stride, PassKind::backward, setting);
-    grid_ = grid_shape(z_, round_.lane_stride, PassKind::backward, plan_);
-    const bool steps = plan_.variant == Variant::step;
-    const bool sums = p_.grad_reset_h != nullptr, lstm = z_.cell == CellKind::lstm;
-    const int64_t lanes = z_.directions * round_.lane_stride, chunk_rows = chunk_ * z_.batch, hidden = z_.hidden, out = z_.hidden_out;
+    const int64_t chunk_rows = chunk_ * z_.batch, hidden = z_.hidden, out = z_.hidden_out;
+    const int64_t rows = z_.directions * z_.batch, lanes = z_.directions * round_.lane_stride;
     Arena arena(workspace);
-    round_.hidden_gates = arena.take_bytes(lanes * columns_ * element_);
+    round_.hidden_gates = arena.take_bytes(steps ? lanes * columns_ * element_ : 0);
     round_.from_gates = arena.take_bytes(steps ? lanes * out * wide_bytes_ : 0);
-    round_.carried = arena.take_bytes(lanes * hidden * wide_bytes_);
+    const int64_t carrying = steps ? lanes : plan_.variant == Variant::grid ? z_.directions * plan_.all_slots : 0;
+    round_.carried = arena.take_bytes(carrying * hidden * wide_bytes_);
     round_.grad_h = arena.take_bytes(z_.projection ? lanes * out * element_ : 0);
     round_.from_h = arena.take_bytes(z_.projection ? lanes * hidden * wide_bytes_ : 0);
-    reset_bytes_h_ = sums ? lanes * out * wide_bytes_ : 0;
-    reset_bytes_c_ = sums && lstm ? lanes * hidden * wide_bytes_ : 0;
-    void* reset_h = arena.take_bytes(reset_bytes_h_);
-    void* reset_c = arena.take_bytes(reset_bytes_c_);
-    round_.reset_h = sums ? reset_h : nullptr;
-    round_.reset_c = sums ? reset_c : nullptr;
+    round_.visits = {true, z_.steps, z_.batch};
+    round_.visits.slots = plan_.all_slots;
+    if (deals_) scheduler_.reserve(arena, z_, plan_.all_slots, chunk_);
+    const int64_t handed = adds_chunks() ? rows * wide_bytes_ : 0;
+    handed_h_ = arena.take_bytes(handed * out), round_.left_h = arena.take_bytes(handed * out);
+    handed_c_ = arena.take_bytes(lstm ? handed * hidden : 0), round_.left_c = arena.take_bytes(lstm ? handed * hidden : 0);
+    const bool sums = sums_resets();
+    for (int d = 0; d < z_.directions && sums; ++d) {
+      round_.reset_h[d] = arena.take_bytes(chunk_rows * out * wide_bytes_);
+      if (lstm) round_.reset_c[d] = arena.take_bytes(chunk_rows * hidden * wide_bytes_);
+    }
+    reset_total_h_ = arena.take_bytes(sums ? rows * out * wide_bytes_ : 0);
+    reset_total_c_ = arena.take_bytes(sums && lstm ? rows * hidden * wide_bytes_ : 0);
     weight_hh_.reserve(arena, z_, steps ? columns_ * out : 0);
     weight_hr_.reserve(arena, z_, z_.projection ? out * hidden : 0);
     for (int d = 0; d < z_.directions; ++d) {
@@ -218,12 +245,14 @@ class BackwardPass {
       if (g.weight_hh[d]) queue.fill(g.weight_hh[d], 0, columns_ * z_.hidden_out * element_);
       if (g.bias[d]) queue.fill(g.bias[d], 0, 4 * int64_t{z_.hidden} * element_);
     }
+    if (sums_resets() && z_.steps == 0) {
+      queue.fill(p_.grad_reset_h, 0, z_.directions * z_.batch * z_.hidden_out * element_);
+      if (kind == CellKind::lstm) queue.fill(p_.grad_reset_c, 0, z_.directions * z_.batch * z_.hidden * element_);
+    }
     if (z_.batch == 0) return queue.status();
     if (g.input && z_.directions > 1) queue.fill(g.input, 0, rows * layer_.input_size * element_);
     weight_hh_.fill(queue, p_.weights[0].weight_hh, p_.weights[1].weight_hh);
     weight_hr_.fill(queue, p_.weights[0].weight_hr, p_.weights[1].weight_hr);
-    if (round_.reset_h) queue.fill(round_.reset_h, 0, reset_bytes_h_);
-    if (round_.reset_c) queue.fill(round_.reset_c, 0, reset_bytes_c_);
     queue.run(begin_backward<T>, one_thread_each(z_.batch, z_.hidden, z_.directions), p_);
     for (int64_t begin = 0; begin < z_.steps && queue.ok(); begin += chunk_) {
       const int64_t end = begin + chunk_ < z_.steps ? begin + chunk_ : z_.steps;
@@ -233,17 +262,19 @@ class BackwardPass {
         if (p_.recompute) compute_gates<T, kind>(queue, d);
         set_gates(d);
       }
-      if (folds_) {
-        round_.first_segment = begin;
-        round_.lanes = (end - begin + round_.segment_steps - 1) / round_.segment_steps * z_.batch;
-        run_rounds<T, kind>(queue, 0, round_.segment_steps, true);
-      } else {
-        run_rounds<T, kind>(queue, begin, end, end == z_.steps);
+      round_.handed_h = handed_h_, round_.handed_c = handed_c_;
+      if (plan_.variant == Variant::step)
+        run_rounds<T, kind>(queue, end - begin);
+      else
+        run_persistent(queue, z_.steps - end, z_.steps - begin);
+      std::swap(handed_h_, round_.left_h);
+      std::swap(handed_c_, round_.left_c);
+      if (sums_resets()) {
+        sum_resets<T>(queue, end - begin, z_.hidden_out, round_.reset_h, reset_total_h_, p_.grad_reset_h, begin > 0);
+        if (kind == CellKind::lstm) sum_resets<T>(queue, end - begin, z_.hidden, round_.reset_c, reset_total_c_, p_.grad_reset_c, begin > 0);
       }
       for (int d = 0; d < z_.directions; ++d) add_gradients<T>(queue, d, begin == 0, end == z_.steps);
     }
-    sum_resets<T>(queue, z_.hidden_out, round_.reset_h, p_.grad_reset_h);
-    if (kind == CellKind::lstm) sum_resets<T>(queue, z_.hidden, round_.reset_c, p_.grad_reset_c);
     return queue.status();
   }
 
@@ -251,20 +282,23 @@ class BackwardPass {
   static constexpr int64_t most_slabs = 512;
 
   bool adds_chunks() const { return chunk_ < z_.steps; }
+  bool sums_resets() const { return p_.grad_reset_h != nullptr; }
 
   // Steps that go through the recurrence before the products over many steps: as many as the memory for their gradients has room for.
   // Where all sequences are detached at every k-th step, whole segments of k steps, which then run beside each other.
   void choose_chunks(const Limits& limits) {
     constexpr int64_t most_rows = int64_t{1} << 30;  // products count in 32 bits
-    const int64_t row_bytes = 4 * int64_t{z_.hidden} * element_, most = limits.gate_gradient_bytes / row_bytes;
+    int64_t row_bytes = 4 * int64_t{z_.hidden} * element_;
+    if (sums_resets()) row_bytes += (z_.hidden_out + (z_.cell == CellKind::lstm ? z_.hidden : 0)) * wide_bytes_;
+    const int64_t most = limits.gate_gradient_bytes / row_bytes;
     const int64_t fitting = (most < most_rows ? most : most_rows) / at_least_1(z_.batch);
     const int64_t every = p_.boundaries.detach_every;
-    folds_ = every > 0 && every < z_.steps && fitting >= 2 * every;
+    folds_ = plan_.variant == Variant::step && every > 0 && every < z_.steps && fitting >= 2 * every;
     const int64_t segments = folds_ ? (z_.steps + every - 1) / every : 1, together = folds_ ? between(1, fitting / every, segments) : 1;
     chunk_ = folds_ ? between(1, together * every, z_.steps) : between(1, fitting, z_.steps);
-    round_.segment_steps = folds_ ? every : z_.steps;
-    round_.first_segment = 0;
-    round_.lanes = round_.lane_stride = together * z_.batch;
+    if (deals_) chunk_ = between(1, limits.schedule_bytes / Scheduler::bytes_of_step(z_, plan_.all_slots), chunk_);
+    round_.segment_steps = folds_ ? every : chunk_;
+    round_.lane_stride = together * z_.batch;
   }
 
   void set_gates(int d) {
@@ -277,22 +311,33 @@ class BackwardPass {
     round_.gates_stride *= z_.directions;
   }
 
-  // Rounds [first, last) of the segments at hand, and the one that delivers what the last one left. Between calls, `hidden_gates` and `carried` hold
-  // what a round leaves to the next.
+  // The rounds of a chunk, which are its positions [begin, end) in the order in which a direction goes.
+  void run_persistent(Queue& queue, int64_t begin, int64_t end) {
+    round_.visits.begin = begin, round_.visits.end = end;
+    if (deals_) scheduler_.make(queue, p_.boundaries, round_.visits);
+    // Behind the length of a sequence no slot runs.
+    for (int d = 0; d < z_.directions && p_.boundaries.lengths; ++d)
+      queue.fill(p_.grad_gates[d], 0, (end - begin) * z_.batch * 4 * z_.hidden * element_);
+    queue.take([&](cudaStream_t stream) {
+      return plan_.variant == Variant::cluster ? cluster_backward(round_, plan_, stream) : grid_backward(round_, grid_, exchange_, stream);
+    });
+  }
+
+  // Those of the segments of a chunk of so many steps, and the one that delivers what the last one left.
   template <class T, CellKind kind>
-  void run_rounds(Queue& queue, int64_t first, int64_t last, bool delivers) {
-    if (plan_.variant == Variant::cluster)
-      return queue.take([&](cudaStream_t stream) { return cluster_backward(round_, first, last + delivers, plan_, stream); });
-    if (plan_.variant == Variant::grid)
-      return queue.take([&](cudaStream_t stream) { return grid_backward(round_, first, last + delivers, grid_, exchange_, stream); });
+  void run_rounds(Queue& queue, int64_t chunk_steps) {
+    round_.chunk_steps = chunk_steps;
+    const int64_t segments = (chunk_steps + round_.segment_steps - 1) / round_.segment_steps;
+    const int64_t rounds = chunk_steps < round_.segment_steps ? chunk_steps : round_.segment_steps;
+    round_.lanes = segments * z_.batch;
     const LaunchShape units = one_thread_each(round_.lanes, z_.hidden, z_.directions);
     const LaunchShape projected = one_thread_each(round_.lanes, z_.hidden_out, z_.directions);
-    for (int64_t r = first; r < last + delivers && queue.ok(); ++r) {
+    for (int64_t r = 0; r <= rounds && queue.ok(); ++r) {
       round_.index = r;
       if (r > 0) queue.multiply(through(weight_hh_, z_.hidden_out, columns_, round_.hidden_gates, round_.from_gates));
       if (z_.projection) {
         queue.run(backward_projected<T>, projected, round_);
-        if (r < last) queue.multiply(through(weight_hr_, z_.hidden, z_.hidden_out, round_.grad_h, round_.from_h));
+        if (r < rounds) queue.multiply(through(weight_hr_, z_.hidden, z_.hidden_out, round_.grad_h, round_.from_h));
       }
       queue.run(backward_cell<T, kind>, units, round_);
     }
@@ -435,10 +480,9 @@ class BackwardPass {
   }
 
   template <class T>
-  void sum_resets(Queue& queue, int size, const void* parts, void* sums) const {
-    if (!parts) return;
-    const LaneSums lane_sums{z_.batch, round_.lane_stride, round_.lane_stride, size, parts, sums};
-    queue.run(sum_lanes<T>, one_thread_each(z_.batch, size, z_.directions), lane_sums);
+  void sum_resets(Queue& queue, int64_t chunk_steps, int size, void* const (&parts)[max_directions], void* totals, void* result, bool add) const {
+    const ResetSums sums{p_.boundaries, z_.steps, z_.batch, chunk_steps, size, {p_.first_step[0], p_.first_step[1]}, {parts[0], parts[1]}, totals, result, add};
+    queue.run(add_resets<T>, one_thread_each(z_.batch, size, z_.directions), sums);
   }
 
   const BackwardLayer& layer_;
@@ -463,7 +507,10 @@ class BackwardPass {
   void* input_product_;  // of product_steps_ steps
   void* state_product_;
   StackedWeights weight_hh_, weight_hr_;
-  int64_t reset_bytes_h_, reset_bytes_c_;
+  void *handed_h_, *handed_c_;              // from chunk to chunk
+  void *reset_total_h_, *reset_total_c_;
+  bool deals_;  // segments to slots
+  Scheduler scheduler_;
   size_t workspace_bytes_;
 };
 

@@ -13,7 +13,7 @@ namespace hsm {
 namespace cuda {
 
 constexpr int tile_units = 8;       // whose four gates are two tiles of 16 rows
-constexpr int tile_sequences = 8;   // the columns of a tile
+constexpr int tile_columns = 8;   // the columns of a tile
 constexpr int block_words = 16;     // the depth of two instructions
 constexpr int fragment_bytes = 16 * 32;  // of one instruction
 constexpr int most_cluster_warps = 8;
@@ -40,25 +40,25 @@ struct ClusterForwardShape {
   int element_bytes;  // of h in shared memory
   int registers;      // blocks of weights in registers
 
-  HSM_HOST_DEVICE int sequences() const { return tile_sequences * column_tiles; }
+  HSM_HOST_DEVICE int slots() const { return tile_columns * column_tiles; }
   HSM_HOST_DEVICE int blocks_in_shared() const { return depth > registers ? depth - registers : 0; }
   // Bytes that a block receives in a round: h of all units.
-  HSM_HOST_DEVICE int bytes_of_round() const { return blocks * units * sequences() * element_bytes; }
+  HSM_HOST_DEVICE int bytes_of_round() const { return blocks * units * slots() * element_bytes; }
 
   // Places in shared memory, in bytes.
   HSM_HOST_DEVICE int64_t shared_weight_bytes() const { return int64_t{warps} * blocks_in_shared() * 4 * fragment_bytes; }
   HSM_HOST_DEVICE int64_t h() const { return shared_weight_bytes(); }
-  HSM_HOST_DEVICE int h_bytes() const { return sequences() * row_words * 4; }  // twice: what enters even rounds, and odd ones
+  HSM_HOST_DEVICE int h_bytes() const { return slots() * row_words * 4; }  // twice: what enters even rounds, and odd ones
   HSM_HOST_DEVICE int64_t sums() const { return h() + 2 * h_bytes(); }
   HSM_HOST_DEVICE int sums_bytes() const { return splits > 1 ? warps * column_tiles * 8 * 32 * 4 : 0; }
   HSM_HOST_DEVICE int64_t outbox() const { return sums() + sums_bytes(); }
-  HSM_HOST_DEVICE int outbox_bytes() const { return warps * sequences() * tile_units * element_bytes; }  // twice
+  HSM_HOST_DEVICE int outbox_bytes() const { return warps * slots() * tile_units * element_bytes; }  // twice
   HSM_HOST_DEVICE int64_t barriers() const { return outbox() + 2 * outbox_bytes(); }
   HSM_HOST_DEVICE int64_t shared_bytes() const { return barriers() + 2 * 8; }
 };
 
 // The backward pass. A block multiplies the gradients of its gates with their rows of the weights, which gives parts of the gradients of h of all
-// units: tiles of 16 units are dealt to its warps. A part goes to the block that has the unit, into a slot for each sender.
+// units: tiles of 16 units are dealt to its warps. A part goes to the block that has the unit, into an inbox for each sender.
 struct ClusterBackwardShape {
   int blocks, units;
   int warps;
@@ -68,20 +68,20 @@ struct ClusterBackwardShape {
   int column_tiles;
   int kept_tiles, kept_depth;  // whose weights are in registers
 
-  HSM_HOST_DEVICE int sequences() const { return tile_sequences * column_tiles; }
+  HSM_HOST_DEVICE int slots() const { return tile_columns * column_tiles; }
   HSM_HOST_DEVICE int blocks_in_shared() const { return tiles * depth - kept_tiles * kept_depth; }
-  // Floats from one unit of a slot to the next: eight units of four sequences meet no bank twice.
-  HSM_HOST_DEVICE int unit_stride() const { return sequences() + 4; }
-  HSM_HOST_DEVICE int slot_bytes() const { return units * unit_stride() * 4; }
-  HSM_HOST_DEVICE int bytes_of_round() const { return blocks * units * sequences() * 4; }
+  // Floats from one unit of an inbox to the next: eight units of four sequences meet no bank twice.
+  HSM_HOST_DEVICE int unit_stride() const { return slots() + 4; }
+  HSM_HOST_DEVICE int inbox_bytes() const { return units * unit_stride() * 4; }
+  HSM_HOST_DEVICE int bytes_of_round() const { return blocks * units * slots() * 4; }
 
   // Places in shared memory, in bytes.
   HSM_HOST_DEVICE int64_t shared_weight_bytes() const { return int64_t{warps} * blocks_in_shared() * 2 * fragment_bytes; }
   HSM_HOST_DEVICE int64_t gates() const { return shared_weight_bytes(); }
-  HSM_HOST_DEVICE int gates_bytes() const { return sequences() * row_words * 4; }  // twice
-  HSM_HOST_DEVICE int64_t slots() const { return gates() + 2 * gates_bytes(); }
-  HSM_HOST_DEVICE int slots_bytes() const { return blocks * slot_bytes(); }  // twice
-  HSM_HOST_DEVICE int64_t barriers() const { return slots() + 2 * slots_bytes(); }
+  HSM_HOST_DEVICE int gates_bytes() const { return slots() * row_words * 4; }  // twice
+  HSM_HOST_DEVICE int64_t inboxes() const { return gates() + 2 * gates_bytes(); }
+  HSM_HOST_DEVICE int inboxes_bytes() const { return blocks * inbox_bytes(); }  // twice
+  HSM_HOST_DEVICE int64_t barriers() const { return inboxes() + 2 * inboxes_bytes(); }
   HSM_HOST_DEVICE int64_t shared_bytes() const { return barriers() + 2 * 8; }
 };
 

@@ -21,26 +21,24 @@ class BackwardWarp {
     warp_ = static_cast<int>(thread() / 32), lane_ = static_cast<int>(lane());
     rank_ = static_cast<int>(cluster_rank());
     direction_ = static_cast<int>(block_y());
-    first_row_ = static_cast<int64_t>(block_x()) / shape_.blocks * shape_.sequences();
+    first_slot_ = static_cast<int64_t>(block_x()) / shape_.blocks * shape_.slots();
     barriers_ = reinterpret_cast<Mbarrier*>(storage_ + shape_.barriers());
     warp_fragments_ = reinterpret_cast<Words4*>(storage_) + warp_ * shape_.blocks_in_shared() * 2 * 32;
   }
 
   HSM_DEVICE void run() {
-    const int rounds = static_cast<int>(s_.end - s_.begin);
-    // The first round of all has nothing to multiply.
-    const int first = s_.begin == 0, exchanges = rounds - first;
+    // The first round has nothing to multiply; one more round than there are steps delivers what the last one left.
+    const int exchanges = rounds_of(visits(), direction_, first_slot_, shape_.slots());
     set_up(exchanges);
-    look_at(s_.begin);
-    for (int i = 0; i < rounds; ++i) {
-      const int exchange = i - first;
-      if (exchange >= 0) {
-        multiply_and_send(i, exchange);
-        receive(exchange, exchanges);
-      }
-      step(i, exchange, i + 1 == rounds);
-      if (i + 1 < rounds) look_at(s_.begin + i + 1);
+    for_each([&](int e, const UnitPlace& mine) { upcoming_[e] = visit_at(visits(), direction_, first_slot_ + mine.column, 0); });
+    look_at(0);
+    step(0);
+    for (int exchange = 0; exchange < exchanges; ++exchange) {
+      look_at(exchange + 1);
       sync_threads();
+      multiply_and_send(exchange);
+      receive(exchange, exchanges);
+      step(exchange + 1);
     }
     // Nobody may leave while others may still write to its memory.
     cluster_arrive();
@@ -63,7 +61,7 @@ class BackwardWarp {
   HSM_DEVICE UnitPlace element(int e) const {
     const int piece = e * shape_.warps + warp_, of_columns = 2 * n_tiles;
     const int unit = piece / of_columns * 8 + lane_ % 8, column = piece % of_columns * 4 + lane_ / 8;
-    return {unit, column, unit < shape_.units && rank_ * shape_.units + unit < z_.hidden && first_row_ + column < s_.round.lanes};
+    return {unit, column, unit < shape_.units && rank_ * shape_.units + unit < z_.hidden && first_slot_ + column < visits().slots};
   }
   // Calls function(e, element) for what the thread has.
   template <class Function>
@@ -76,10 +74,10 @@ class BackwardWarp {
   }
 
   HSM_DEVICE int unit_of(const UnitPlace& mine) const { return rank_ * shape_.units + mine.unit; }
-  HSM_DEVICE int64_t lane_of(const UnitPlace& mine) const { return direction_ * s_.round.lane_stride + first_row_ + mine.column; }
+  HSM_DEVICE const Visits& visits() const { return s_.round.visits; }
   HSM_DEVICE T* gates_of(int round) const { return reinterpret_cast<T*>(storage_ + shape_.gates() + (round & 1) * shape_.gates_bytes()); }
   HSM_DEVICE int gates_stride() const { return shape_.row_words * elements_per_word<arithmetic>; }
-  HSM_DEVICE char* slots_of(int exchange) const { return storage_ + shape_.slots() + exchange % 2 * shape_.slots_bytes(); }
+  HSM_DEVICE char* inbox_of(int exchange) const { return storage_ + shape_.inboxes() + exchange % 2 * shape_.inboxes_bytes(); }
   HSM_DEVICE unsigned bytes_of_round() const { return static_cast<unsigned>(shape_.bytes_of_round()); }
 
   HSM_DEVICE void set_up(int exchanges) {
@@ -89,7 +87,7 @@ class BackwardWarp {
         if (exchanges > b) mbarrier_arrive_expect(barriers_ + b, bytes_of_round());
       }
     load_weights();
-    load_gates();
+    clear_gates();
     mbarrier_fence_init();
     cluster_arrive();
     cluster_wait();
@@ -127,36 +125,31 @@ class BackwardWarp {
         if (!in_registers(tile, block)) put_fragments(fragments_at(tile, block), fragments_of_units(tile, block));
   }
 
-  // What the round before the first one left, and zeros where there is nothing.
-  HSM_DEVICE void load_gates() {
-    const int all = 2 * shape_.sequences() * shape_.row_words;
+  // Zeros where no round puts anything.
+  HSM_DEVICE void clear_gates() const {
+    const int all = 2 * shape_.slots() * shape_.row_words;
     uint32_t* words = reinterpret_cast<uint32_t*>(storage_ + shape_.gates());
     for (int i = static_cast<int>(thread()); i < all; i += 32 * shape_.warps) words[i] = 0;
-    sync_threads();
-    if (s_.begin == 0) return;
-    for_each([&](int e, const UnitPlace& mine) {
-      const int64_t lane = lane_of(mine);
-      carried_[e] = static_cast<const float*>(s_.round.carried)[lane * z_.hidden + unit_of(mine)];
-#pragma unroll
-      for (int g = 0; g < gate_count; ++g)
-        put_gate(-1, mine, g, load<T>(s_.round.hidden_gates, (lane * gate_count + g) * z_.hidden + unit_of(mine)));
-    });
     sync_threads();
   }
   HSM_DEVICE void put_gate(int round, const UnitPlace& mine, int gate, float value) const {
     gates_of(round)[mine.column * gates_stride() + gate * shape_.units + mine.unit] = operand<arithmetic>(value);
   }
 
-  // Reads what a round needs of memory.
-  HSM_DEVICE void look_at(int64_t index) {
+  HSM_DEVICE BackwardVisit visit_of(int e) const { return cuda::visit_of(direction_, visits_[e], before_[e]); }
+
+  // Reads what a round needs of memory. By way of a visit that has come before.
+  HSM_DEVICE void look_at(int i) {
     for_each([&](int e, const UnitPlace& mine) {
-      visits_[e] = visit_of(s_.round, index, direction_, first_row_ + mine.column);
-      inputs_[e] = inputs_of<T, kind>(s_.round, visits_[e], unit_of(mine));
+      before_[e] = i > 0 ? visits_[e] : Visit{0, 0};
+      visits_[e] = upcoming_[e];
+      upcoming_[e] = visit_at(visits(), direction_, first_slot_ + mine.column, i + 1);
+      inputs_[e] = inputs_of<T, kind>(s_.round, visit_of(e), unit_of(mine));
     });
   }
 
-  HSM_DEVICE void multiply_and_send(int i, int exchange) const {
-    const uint32_t* gates = reinterpret_cast<const uint32_t*>(gates_of(i - 1));
+  HSM_DEVICE void multiply_and_send(int exchange) const {
+    const uint32_t* gates = reinterpret_cast<const uint32_t*>(gates_of(exchange));
     for (int first = 0; first < shape_.tiles; first += tiles_at_once) {
       TileSums sums[tiles_at_once][n_tiles] = {};
       if constexpr (tensor_cores) {
@@ -195,7 +188,7 @@ class BackwardWarp {
   HSM_DEVICE void send(int exchange, int first_unit, const TileSums (&sums)[n_tiles]) const {
     const int odd = lane_ % 2, unit = first_unit + 8 * odd + lane_ / 4;
     const int block = unit / shape_.units, column = lane_ % 4 / 2 * 4;
-    char* slot = slots_of(exchange) + rank_ * shape_.slot_bytes();
+    char* inbox = inbox_of(exchange) + rank_ * shape_.inbox_bytes();
     Mbarrier* barrier = barriers_ + exchange % 2;
 #pragma unroll
     for (int n = 0; n < n_tiles; ++n) {
@@ -205,7 +198,7 @@ class BackwardWarp {
       Words4 words;
       std::memcpy(&words, parts, sizeof words);
       if (block >= shape_.blocks) continue;
-      char* to = slot + ((unit - block * shape_.units) * shape_.unit_stride() + 8 * n + column) * 4;
+      char* to = inbox + ((unit - block * shape_.units) * shape_.unit_stride() + 8 * n + column) * 4;
       store_async(map_to_rank(to, static_cast<unsigned>(block)), words, map_to_rank(barrier, static_cast<unsigned>(block)));
     }
   }
@@ -218,25 +211,19 @@ class BackwardWarp {
   }
 
   HSM_DEVICE float sum_of_parts(int exchange, const UnitPlace& mine) const {
-    const char* slots = slots_of(exchange);
+    const char* inboxes = inbox_of(exchange);
     const int at = mine.unit * shape_.unit_stride() + mine.column;
     float sum = 0;
-    for (int sender = 0; sender < shape_.blocks; ++sender) sum += reinterpret_cast<const float*>(slots + sender * shape_.slot_bytes())[at];
+    for (int sender = 0; sender < shape_.blocks; ++sender) sum += reinterpret_cast<const float*>(inboxes + sender * shape_.inbox_bytes())[at];
     return sum;
   }
 
-  HSM_DEVICE void step(int i, int exchange, bool last) {
+  HSM_DEVICE void step(int i) {
     for_each([&](int e, const UnitPlace& mine) {
-      const float incoming = exchange >= 0 ? sum_of_parts(exchange, mine) : 0;
-      const GateGradients<float> grad = backward_unit<T, kind>(s_.round, visits_[e], unit_of(mine), inputs_[e], incoming, carried_[e]);
-      const int64_t lane = lane_of(mine);
+      const float incoming = i > 0 ? sum_of_parts(i - 1, mine) : 0;
+      const GateGradients<float> grad = backward_unit<T, kind>(s_.round, visit_of(e), unit_of(mine), inputs_[e], incoming, carried_[e]);
 #pragma unroll
-      for (int g = 0; g < gate_count; ++g) {
-        const float value = grad.template of_hidden<kind>(g);
-        put_gate(i, mine, g, value);
-        if (last) store<T>(s_.round.hidden_gates, (lane * gate_count + g) * z_.hidden + unit_of(mine), value);
-      }
-      if (last) static_cast<float*>(s_.round.carried)[lane * z_.hidden + unit_of(mine)] = carried_[e];
+      for (int g = 0; g < gate_count; ++g) put_gate(i, mine, g, grad.template of_hidden<kind>(g));
     });
   }
 
@@ -245,11 +232,11 @@ class BackwardWarp {
   const ClusterBackwardShape& shape_;
   char* storage_;
   int warp_, lane_, rank_, direction_;
-  int64_t first_row_;
+  int64_t first_slot_;
   Mbarrier* barriers_;
   Words4* warp_fragments_;
   BlockFragments kept_[most_kept_tiles ? most_kept_tiles : 1][most_kept_depth ? most_kept_depth : 1];
-  BackwardVisit visits_[most_elements];
+  Visit before_[most_elements], visits_[most_elements], upcoming_[most_elements];
   StepInputs<float> inputs_[most_elements];
   float carried_[most_elements] = {};
 };
@@ -265,14 +252,14 @@ HSM_KERNEL(32 * most_cluster_warps) cluster_backward_kernel(HSM_ARGUMENT Backwar
 
 }  // namespace
 
-cudaError_t cluster_backward(const BackwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream) {
+cudaError_t cluster_backward(const BackwardRound& round, const Plan& plan, cudaStream_t stream) {
   const Sizes& z = round.params.sizes;
-  const BackwardClusters s{round, begin, end, cluster_backward_shape(plan.arithmetic, z.cell, z.hidden, plan.blocks, plan.rows / tile_sequences)};
+  const BackwardClusters s{round, cluster_backward_shape(plan.arithmetic, z.cell, z.hidden, plan.blocks, plan.slots / tile_columns)};
   return with_arithmetic_and_cell(plan.arithmetic, z.cell, [&](auto arithmetic, auto cell) {
     constexpr Arithmetic a = decltype(arithmetic)::value;
     constexpr CellKind kind = decltype(cell)::value;
     const auto kernel = s.shape.column_tiles == 1 ? cluster_backward_kernel<a, kind, 1> : cluster_backward_kernel<a, kind, 2>;
-    return launch_clusters(kernel, round.lanes, s, stream);
+    return launch_clusters(kernel, s, stream);
   });
 }
 

@@ -1,4 +1,4 @@
-// The forward recurrence by clusters of blocks. A cluster goes through all rounds for some sequences of one direction; clusters know nothing of each
+// The forward recurrence by clusters of blocks. A cluster goes through all rounds of some slots of one direction; clusters know nothing of each
 // other. In a round each warp multiplies its units' weights, which it keeps, with the h of all units, takes its units through the cell, and sends
 // their h to all blocks of the cluster.
 //
@@ -22,29 +22,29 @@ class ForwardWarp {
     rank_ = static_cast<int>(cluster_rank());
     group_ = warp / shape_.splits, split_ = warp % shape_.splits;
     direction_ = static_cast<int>(block_y());
-    first_sequence_ = static_cast<int64_t>(block_x()) / shape_.blocks * shape_.sequences();
+    first_slot_ = static_cast<int64_t>(block_x()) / shape_.blocks * shape_.slots();
     unit_ = rank_ * shape_.units + group_ * tile_units + static_cast<int>(lane()) / 4;
     warp_fragments_ = reinterpret_cast<Words4*>(storage_) + warp * shape_.blocks_in_shared() * 4 * 32;
     sums_ = reinterpret_cast<float*>(storage_ + shape_.sums());
-    outbox_ = storage_ + shape_.outbox() + warp * n_tiles * tile_sequences * tile_units * sizeof(T);
+    outbox_ = storage_ + shape_.outbox() + warp * n_tiles * tile_columns * tile_units * sizeof(T);
     barriers_ = reinterpret_cast<Mbarrier*>(storage_ + shape_.barriers());
   }
 
   HSM_DEVICE void run() {
-    const int rounds = static_cast<int>(s_.end - s_.begin);
+    const int rounds = rounds_of(visits(), direction_, first_slot_, shape_.slots());
     set_up(rounds);
-    Round next = look_at(s_.begin);
+    for_each([&](int n, int column) { upcoming_[n][column] = visit_at(visits(), direction_, slot(n, column), 0); });
+    Round next = look_at(0);
+    for_each([&](int n, int column) { h_[n][column] = next.h[n][column], c_[n][column] = next.c[n][column]; });
     for (int i = 0; i < rounds; ++i) {
       TileSums sums[2][n_tiles] = {};
       add_input(next, sums);
-      const Flags flags = next.flags;
-      if (i + 1 < rounds) next = look_at(s_.begin + i + 1);
+      if (i + 1 < rounds) next = look_at(i + 1);
       if (i > 0) receive(i, rounds);
       multiply(i, sums);
       if (shape_.splits > 1) share_sums(sums);
-      step(i, rounds, flags, sums);
+      step(i, rounds, next, sums);
     }
-    leave_states();
     // Nobody leaves while others may still write to its memory.
     cluster_arrive();
     cluster_wait();
@@ -55,28 +55,18 @@ class ForwardWarp {
   static constexpr bool tensor_cores = arithmetic != Arithmetic::float32;
   static constexpr int kept_blocks = tensor_cores ? register_blocks(kind, n_tiles) : 0;
 
-  // A bit for each column of each tile.
-  struct Flags {
-    unsigned runs, resets;
-  };
-  // What a round reads of memory for the lane's unit in its two columns of each tile.
+  // What a round reads of memory for the lane's unit in its two columns of each tile. h and c: where a segment begins.
   struct Round {
+    bool begins[n_tiles][2];
     float input[n_tiles][2][4];
-    Flags flags;
+    float h[n_tiles][2], c[n_tiles][2];
   };
 
   HSM_DEVICE bool owns(int n) const { return n % shape_.splits == split_; }
-  HSM_DEVICE int64_t sequence(int n, int column) const {
-    return first_sequence_ + tile_sequences * n + 2 * (static_cast<int>(lane()) % 4) + column;
-  }
-  HSM_DEVICE bool exists(int n, int column) const { return unit_ < z_.hidden && sequence(n, column) < z_.batch; }
-  HSM_DEVICE int64_t state_at(int n, int column) const { return (direction_ * z_.batch + sequence(n, column)) * z_.hidden + unit_; }
+  HSM_DEVICE const Visits& visits() const { return s_.round.visits; }
+  HSM_DEVICE int64_t slot(int n, int column) const { return first_slot_ + tile_columns * n + 2 * (static_cast<int>(lane()) % 4) + column; }
+  HSM_DEVICE bool exists(int n, int column) const { return unit_ < z_.hidden && slot(n, column) < visits().slots; }
   HSM_DEVICE uint32_t* h_of(int round) const { return reinterpret_cast<uint32_t*>(storage_ + shape_.h() + round % 2 * shape_.h_bytes()); }
-
-  HSM_DEVICE ForwardVisit visit_of(int64_t index, const Flags& flags, int n, int column) const {
-    const int bit = 2 * n + column;
-    return cuda::visit_of(z_, index, direction_, sequence(n, column), flags.runs >> bit & 1, flags.resets >> bit & 1);
-  }
 
   // Calls function(n, column) for what the lane computes and what exists.
   template <class Function>
@@ -96,7 +86,7 @@ class ForwardWarp {
       }
     load_weights();
     load_h();
-    load_states();
+    load_bias();
     mbarrier_fence_init();
     cluster_arrive();
     cluster_wait();
@@ -131,50 +121,41 @@ class ForwardWarp {
 
   // What enters the first round, of all units, and zeros behind them, which nobody overwrites.
   HSM_DEVICE void load_h() {
-    const int words = shape_.row_words, all = shape_.sequences() * words;
+    const int words = shape_.row_words, all = shape_.slots() * words;
     for (int i = static_cast<int>(thread()); i < all; i += 32 * shape_.warps) {
-      const int64_t n = first_sequence_ + i / words;
-      const int64_t row = (direction_ * z_.batch + n) * z_.hidden;
+      const int64_t slot = first_slot_ + i / words;
+      const Visit visit = slot < visits().slots ? visit_at(visits(), direction_, slot, 0) : Visit{0, 0};
       h_of(0)[i] = word_of<arithmetic>(i % words, [&](int k) {
-        return n < z_.batch && k < z_.hidden ? load<T>(s_.round.state_h, row + k) : 0.0f;
+        return visit.has(Visit::is_step) && k < z_.hidden ? entering_h<T>(s_.round, direction_, visit, k) : 0.0f;
       });
       h_of(1)[i] = 0;
     }
   }
 
-  HSM_DEVICE void load_states() {
-    const ForwardParams& p = s_.round.params;
-    if (unit_ < z_.hidden) {
-      const Weights& w = p.weights[direction_];
-      const int h = z_.hidden, n = 2 * h + unit_, last = kind == CellKind::lstm ? 3 * h + unit_ : n;
-      bias_[0] = load<T>(w.bias_ih, unit_) + load<T>(w.bias_hh, unit_);
-      bias_[1] = load<T>(w.bias_ih, h + unit_) + load<T>(w.bias_hh, h + unit_);
-      bias_[2] = load<T>(w.bias_ih, n) + (kind == CellKind::lstm ? load<T>(w.bias_hh, n) : 0);
-      bias_[3] = (kind == CellKind::lstm ? load<T>(w.bias_ih, last) : 0) + load<T>(w.bias_hh, last);
-    }
-    for_each([&](int n, int column) {
-      const int64_t at = state_at(n, column);
-      const Boundaries& b = p.boundaries;
-      h_[n][column] = load<T>(s_.round.state_h, at);
-      reset_h_[n][column] = b.reset_mask ? load<T>(b.reset_h, at) : 0;
-      if constexpr (kind == CellKind::lstm) {
-        c_[n][column] = static_cast<const float*>(s_.round.state_c)[at];
-        reset_c_[n][column] = b.reset_mask ? load<T>(b.reset_c, at) : 0;
-      }
-    });
+  HSM_DEVICE void load_bias() {
+    if (unit_ >= z_.hidden) return;
+    const Weights& w = s_.round.params.weights[direction_];
+    const int h = z_.hidden, n = 2 * h + unit_, last = kind == CellKind::lstm ? 3 * h + unit_ : n;
+    bias_[0] = load<T>(w.bias_ih, unit_) + load<T>(w.bias_hh, unit_);
+    bias_[1] = load<T>(w.bias_ih, h + unit_) + load<T>(w.bias_hh, h + unit_);
+    bias_[2] = load<T>(w.bias_ih, n) + (kind == CellKind::lstm ? load<T>(w.bias_hh, n) : 0);
+    bias_[3] = (kind == CellKind::lstm ? load<T>(w.bias_ih, last) : 0) + load<T>(w.bias_hh, last);
   }
 
-  HSM_DEVICE Round look_at(int64_t index) const {
+  // What is read by way of a visit has come before its round begins, and the visit before that.
+  HSM_DEVICE Round look_at(int i) {
     Round round{};
     for_each([&](int n, int column) {
-      const unsigned sequence_runs = runs(s_.round, index, direction_, sequence(n, column));
-      const unsigned reset = resets_behind(s_.round, index, direction_, sequence(n, column));
-      round.flags.runs |= sequence_runs << (2 * n + column);
-      round.flags.resets |= reset << (2 * n + column);
-      if (!sequence_runs) return;
-      const float* input = input_of<T>(s_.round, visit_of(index, round.flags, n, column)) + unit_;
+      const Visit visit = upcoming_[n][column];
+      upcoming_[n][column] = visit_at(visits(), direction_, slot(n, column), i + 1);
+      round.begins[n][column] = visit.has(Visit::first);
+      if (!visit.has(Visit::is_step)) return;
+      const float* input = input_of<T>(s_.round, cuda::visit_of(direction_, visit)) + unit_;
 #pragma unroll
       for (int g = 0; g < (kind == CellKind::lstm ? 4 : 3); ++g) round.input[n][column][g] = input[g * z_.hidden];
+      if (!visit.has(Visit::first)) return;
+      round.h[n][column] = entering_h<T>(s_.round, direction_, visit, unit_);
+      if constexpr (kind == CellKind::lstm) round.c[n][column] = entering_c<T>(s_.round, direction_, visit, unit_);
     });
     return round;
   }
@@ -253,27 +234,26 @@ class ForwardWarp {
     }
   }
 
-  // Through the cell. What others wait for goes first.
-  HSM_DEVICE void step(int i, int rounds, const Flags& flags, const TileSums (&sums)[2][n_tiles]) {
+  // Through the cell. What others wait for goes first; a slot without a step computes nothing that anybody reads.
+  HSM_DEVICE void step(int i, int rounds, const Round& next, const TileSums (&sums)[2][n_tiles]) {
     UnitStep<float> steps[n_tiles][2];
     for_each([&](int n, int column) {
-      const ForwardVisit visit = visit_of(s_.begin + i, flags, n, column);
       float pre[4];
 #pragma unroll
       for (int g = 0; g < 4; ++g) pre[g] = sums[slot_of(g) / 2][n].total(2 * (slot_of(g) % 2) + column);
       float& h = h_[n][column];
       float& c = c_[n][column];
       UnitStep<float>& out = steps[n][column];
-      out = forward_unit<kind>(visit, pre, h, c);
+      out = forward_unit<kind>(true, pre, h, c);
       out.h = widen(narrow<T>(out.h));
-      h = next_state(visit, out.h, h, reset_h_[n][column]);
-      c = next_state(visit, out.c, c, reset_c_[n][column]);
+      const bool begins = next.begins[n][column];
+      h = begins ? next.h[n][column] : out.h;
+      c = begins ? next.c[n][column] : out.c;
     });
     if (i + 1 < rounds) send(i);
+    // Its visit is read again, which takes less than to hold it in registers.
     for_each([&](int n, int column) {
-      const ForwardVisit visit = visit_of(s_.begin + i, flags, n, column);
-      write_unit<T, kind>(s_.round, visit, unit_, steps[n][column]);
-      write_hidden<T>(s_.round, visit, unit_, steps[n][column].h, h_[n][column]);
+      write_step<T, kind>(s_.round, direction_, visit_at(visits(), direction_, slot(n, column), i), unit_, steps[n][column]);
     });
   }
 
@@ -281,7 +261,7 @@ class ForwardWarp {
   // side by side.
   HSM_DEVICE void send(int i) const {
     constexpr int chunk_bytes = static_cast<int>(sizeof(Words4)), chunks = tile_units * static_cast<int>(sizeof(T)) / chunk_bytes;
-    constexpr int chunks_of_tile = tile_sequences * chunks;
+    constexpr int chunks_of_tile = tile_columns * chunks;
     T* outbox = reinterpret_cast<T*>(outbox_ + i % 2 * shape_.outbox_bytes());
     const int l = static_cast<int>(lane());
     const bool is_unit = unit_ < z_.hidden;
@@ -305,26 +285,20 @@ class ForwardWarp {
     }
   }
 
-  HSM_DEVICE void leave_states() const {
-    for_each([&](int n, int column) {
-      store<T>(s_.round.state_h, state_at(n, column), h_[n][column]);
-      if constexpr (kind == CellKind::lstm) static_cast<float*>(s_.round.state_c)[state_at(n, column)] = c_[n][column];
-    });
-  }
-
   const ForwardClusters& s_;
   const Sizes& z_;
   const ClusterForwardShape& shape_;
   char* storage_;
   int rank_, group_, split_, direction_, unit_;
-  int64_t first_sequence_;
+  int64_t first_slot_;
   Words4* warp_fragments_;
   float* sums_;
   char* outbox_;
   Mbarrier* barriers_;
   BlockFragments kept_[kept_blocks ? kept_blocks : 1][2];
   float bias_[4] = {};
-  float h_[n_tiles][2] = {}, c_[n_tiles][2] = {}, reset_h_[n_tiles][2] = {}, reset_c_[n_tiles][2] = {};
+  float h_[n_tiles][2] = {}, c_[n_tiles][2] = {};
+  Visit upcoming_[n_tiles][2];
 };
 
 template <Arithmetic arithmetic, CellKind kind, int n_tiles>
@@ -338,14 +312,14 @@ HSM_KERNEL(32 * most_cluster_warps) cluster_forward_kernel(HSM_ARGUMENT ForwardC
 
 }  // namespace
 
-cudaError_t cluster_forward(const ForwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream) {
+cudaError_t cluster_forward(const ForwardRound& round, const Plan& plan, cudaStream_t stream) {
   const Sizes& z = round.params.sizes;
-  const ForwardClusters s{round, begin, end, cluster_forward_shape(plan.arithmetic, z.cell, z.hidden, plan.blocks, plan.rows / tile_sequences)};
+  const ForwardClusters s{round, cluster_forward_shape(plan.arithmetic, z.cell, z.hidden, plan.blocks, plan.slots / tile_columns)};
   return with_arithmetic_and_cell(plan.arithmetic, z.cell, [&](auto arithmetic, auto cell) {
     constexpr Arithmetic a = decltype(arithmetic)::value;
     constexpr CellKind kind = decltype(cell)::value;
     const auto kernel = s.shape.column_tiles == 1 ? cluster_forward_kernel<a, kind, 1> : cluster_forward_kernel<a, kind, 2>;
-    return launch_clusters(kernel, z.batch, s, stream);
+    return launch_clusters(kernel, s, stream);
   });
 }
 

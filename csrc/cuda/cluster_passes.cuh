@@ -9,23 +9,21 @@
 namespace hsm {
 namespace cuda {
 
-// Rounds [begin, end), from what rounds before them left in `round` to what they leave there.
-cudaError_t cluster_forward(const ForwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream);
+// The rounds of a chunk.
+cudaError_t cluster_forward(const ForwardRound& round, const Plan& plan, cudaStream_t stream);
+cudaError_t cluster_backward(const BackwardRound& round, const Plan& plan, cudaStream_t stream);
 
-cudaError_t cluster_backward(const BackwardRound& round, int64_t begin, int64_t end, const Plan& plan, cudaStream_t stream);
-
-// What a kernel gets: rounds [begin, end) and how they are shared out.
+// What a kernel gets: the rounds and how they are shared out.
 template <class Round, class Shape>
 struct ClusterRun {
   Round round;
-  int64_t begin, end;
   Shape shape;
 };
 
-// A cluster for every shape.sequences() of `rows`, in each direction.
+// A cluster for every shape.slots() slots of each direction.
 template <class Run>
-cudaError_t launch_clusters(void (*kernel)(Run), int64_t rows, const Run& s, cudaStream_t stream) {
-  const int64_t clusters = (rows + s.shape.sequences() - 1) / s.shape.sequences();
+cudaError_t launch_clusters(void (*kernel)(Run), const Run& s, cudaStream_t stream) {
+  const int64_t clusters = (s.round.visits.slots + s.shape.slots() - 1) / s.shape.slots();
   LaunchShape shape{static_cast<unsigned>(s.shape.blocks * clusters)};
   shape.grid_y = static_cast<unsigned>(s.round.params.sizes.directions);
   shape.threads = static_cast<unsigned>(32 * s.shape.warps);

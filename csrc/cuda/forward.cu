@@ -2,31 +2,32 @@
 #include "cuda/cluster_passes.cuh"
 #include "cuda/forward.cuh"
 #include "cuda/grid_passes.cuh"
+#include "cuda/schedule.cuh"
 
 namespace hsm {
 namespace cuda {
 namespace {
 
-// The states that enter the first round.
+// The states that enter the first round, and leave a sequence without steps.
 template <class T>
 HSM_KERNEL(block_threads) begin_forward(HSM_ARGUMENT ForwardRound s) {
   const Sizes& z = s.params.sizes;
   const Place place = place_of_thread(z.batch, z.hidden);
   if (!place.exists) return;
   const Sequences sequences{s.params.boundaries, z.steps};
-  const bool reset = place.direction == 0 && sequences.resets(0, place.row);
+  const bool reset = place.direction == 0 && sequences.resets(0, place.row), empty = sequences.length(place.row) <= 0;
   const int64_t row = place.direction * z.batch + place.row;
   if (place.unit < z.hidden_out) {
     const int64_t at = row * z.hidden_out + place.unit;
     const Accumulator<T> h = load<T>(reset ? s.params.boundaries.reset_h : s.params.h_0, at);
     store<T>(s.state_h, at, h);
-    if (z.steps == 0) store<T>(s.params.h_n, at, h);
+    if (empty) store<T>(s.params.h_n, at, h);
   }
   if (z.cell == CellKind::lstm) {
     const int64_t at = row * z.hidden + place.unit;
     const Accumulator<T> c = load<T>(reset ? s.params.boundaries.reset_c : s.params.c_0, at);
     static_cast<Accumulator<T>*>(s.state_c)[at] = c;
-    if (z.steps == 0) store<T>(s.params.c_n, at, c);
+    if (empty) store<T>(s.params.c_n, at, c);
   }
 }
 
@@ -59,7 +60,7 @@ HSM_KERNEL(block_threads) forward_cell(HSM_ARGUMENT ForwardRound s) {
   }
   A* state_c = static_cast<A*>(s.state_c);
   const A c = is_lstm ? state_c[state] : 0, h = is_lstm ? 0 : load<T>(s.state_h, state);
-  const UnitStep<A> out = forward_unit<kind>(visit, pre, h, c);
+  const UnitStep<A> out = forward_unit<kind>(visit.runs, pre, h, c);
   write_unit<T, kind>(s, visit, unit, out);
   if (is_lstm) state_c[state] = next_state(visit, out.c, c, visit.reset ? load<T>(p.boundaries.reset_c, state) : A{0});
   if (z.projection) return store<T>(s.cell_output, state, out.h);
@@ -79,19 +80,28 @@ HSM_KERNEL(block_threads) forward_projected(HSM_ARGUMENT ForwardRound s) {
 class ForwardPass {
  public:
   ForwardPass(const ForwardParams& params, const Setting& setting, const Limits& limits, void* workspace)
-      : z_(params.sizes), wide_(accumulator_kind(z_.dtype)), plan_(plan_recurrence(z_, z_.batch, PassKind::forward, setting)),
-        grid_(grid_shape(z_, z_.batch, PassKind::forward, plan_)) {
+      : z_(params.sizes), wide_(accumulator_kind(z_.dtype)), cuts_(params.boundaries.reset_mask || params.boundaries.lengths),
+        plan_(plan_recurrence(z_, PassKind::forward, cuts_, setting)), grid_(grid_shape(z_, PassKind::forward, plan_)) {
     round_.params = params;
     columns_ = gate_columns(z_);
     const int64_t element = element_bytes(z_.dtype), wide = element_bytes(wide_), rows = z_.directions * z_.batch;
-    const bool steps = plan_.variant == Variant::step;
+    const bool steps = plan_.variant == Variant::step, lstm = z_.cell == CellKind::lstm;
     const int64_t product_bytes = steps ? limits.input_product_bytes : limits.persistent_input_product_bytes;
     chunk_ = between(1, product_bytes / at_least_1(rows * columns_ * wide), z_.steps);
+    deals_ = cuts_ && !steps;
+    if (deals_) chunk_ = between(1, limits.schedule_bytes / Scheduler::bytes_of_step(z_, plan_.all_slots), chunk_);
     Arena arena(workspace);
     for (int d = 0; d < z_.directions; ++d) round_.input_product[d] = input_product_[d] = arena.take_bytes(chunk_ * z_.batch * columns_ * wide);
     round_.state_product = arena.take_bytes(steps ? rows * columns_ * wide : 0);
     round_.state_h = arena.take_bytes(rows * z_.hidden_out * element);
-    round_.state_c = arena.take_bytes(z_.cell == CellKind::lstm ? rows * z_.hidden * wide : 0);
+    round_.state_c = arena.take_bytes(lstm ? rows * z_.hidden * wide : 0);
+    round_.next_h = arena.take_bytes(steps ? 0 : rows * z_.hidden * element);
+    round_.next_c = arena.take_bytes(steps || !lstm ? 0 : rows * z_.hidden * wide);
+    const bool grid = plan_.variant == Variant::grid;
+    round_.slot_state = arena.take_bytes(grid ? z_.directions * plan_.all_slots * z_.hidden * wide : 0);
+    round_.visits = {false, z_.steps, z_.batch};
+    round_.visits.slots = plan_.all_slots;
+    if (deals_) scheduler_.reserve(arena, z_, plan_.all_slots, chunk_);
     round_.cell_output = arena.take_bytes(z_.projection ? rows * z_.hidden * element : 0);
     round_.projected = arena.take_bytes(z_.projection ? rows * z_.hidden_out * wide : 0);
     weight_hh_.reserve(arena, z_, steps ? columns_ * z_.hidden_out : 0);
@@ -110,22 +120,41 @@ class ForwardPass {
     weight_hh_.fill(queue, p.weights[0].weight_hh, p.weights[1].weight_hh);
     weight_hr_.fill(queue, p.weights[0].weight_hr, p.weights[1].weight_hr);
     queue.run(begin_forward<T>, one_thread_each(z_.batch, z_.hidden, z_.directions), round_);
+    if (deals_ && p.boundaries.lengths) clear_results(queue);
     for (int64_t begin = 0; begin < z_.steps && queue.ok(); begin += chunk_) {
       const int64_t end = begin + chunk_ < z_.steps ? begin + chunk_ : z_.steps;
       for (int d = 0; d < z_.directions; ++d) project_input(queue, d, d ? z_.steps - end : begin, end - begin);
-      run_rounds<T, kind>(queue, begin, end);
+      if (plan_.variant == Variant::step)
+        run_rounds<T, kind>(queue, begin, end);
+      else
+        run_persistent(queue, begin, end);
     }
     return queue.status();
   }
 
  private:
-  // Rounds [begin, end), whose input products are there. They start from the states in `round_`, and leave theirs there.
+  // Behind the length of a sequence no slot runs.
+  void clear_results(Queue& queue) const {
+    const ForwardParams& p = round_.params;
+    const int64_t elements = z_.steps * z_.batch * z_.directions * z_.hidden, element = element_bytes(z_.dtype);
+    queue.fill(p.output, 0, elements * element);
+    if (p.gates) queue.fill(p.gates, 0, 4 * elements * element);
+    if (p.c_states) queue.fill(p.c_states, 0, elements * element);
+  }
+
+  // Rounds [begin, end), whose input products are there.
+  void run_persistent(Queue& queue, int64_t begin, int64_t end) {
+    round_.visits.begin = begin, round_.visits.end = end;
+    if (deals_) scheduler_.make(queue, round_.params.boundaries, round_.visits);
+    queue.take([&](cudaStream_t stream) {
+      return plan_.variant == Variant::cluster ? cluster_forward(round_, plan_, stream) : grid_forward(round_, grid_, exchange_, stream);
+    });
+    std::swap(round_.state_h, round_.next_h);
+    std::swap(round_.state_c, round_.next_c);
+  }
+
   template <class T, CellKind kind>
   void run_rounds(Queue& queue, int64_t begin, int64_t end) {
-    if (plan_.variant == Variant::cluster)
-      return queue.take([&](cudaStream_t stream) { return cluster_forward(round_, begin, end, plan_, stream); });
-    if (plan_.variant == Variant::grid)
-      return queue.take([&](cudaStream_t stream) { return grid_forward(round_, begin, end, grid_, exchange_, stream); });
     const LaunchShape units = one_thread_each(z_.batch, z_.hidden, z_.directions);
     for (int64_t r = begin; r < end && queue.ok(); ++r) {
       round_.index = r;
@@ -159,10 +188,13 @@ class ForwardPass {
 
   const Sizes z_;
   const ScalarKind wide_;
+  const bool cuts_;  // at steps that the host does not know
   const Plan plan_;
   const GridShape grid_;
   ForwardRound round_{};
   int64_t columns_, chunk_;
+  bool deals_;  // segments to slots
+  Scheduler scheduler_;
   void* input_product_[max_directions];
   void* exchange_;
   StackedWeights weight_hh_, weight_hr_;

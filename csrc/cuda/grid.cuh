@@ -40,7 +40,7 @@ HSM_DEVICE bool has_nothing(const Words4& w) {
   return w.x == nothing || w.y == nothing || w.z == nothing || w.w == nothing;
 }
 
-// How 8 sequences are multiplied with a tile: 16 rows, each of 4 parts of 16 bytes, one after the other. Lane 4 g + t brings part t of sequence g.
+// How 8 columns are multiplied with a tile: 16 rows, each of 4 parts of 16 bytes, one after the other. Lane 4 g + t brings part t of column g.
 template <Arithmetic arithmetic>
 struct ByTensorCores {
   static constexpr bool can_hold = true;  // what a lane needs of a tile
@@ -95,14 +95,14 @@ constexpr int part_elements = 4 * elements_per_word<arithmetic>;
 struct GridPlace {
   int direction, group;  // the group counts all of the launch
   int first_unit;
-  int64_t first_column, columns;
+  int64_t first_slot, slots;
 
-  HSM_DEVICE GridPlace(const GridShape& shape, int first_direction, int64_t rows) {
+  HSM_DEVICE GridPlace(const GridShape& shape, int first_direction, int64_t all_slots) {
     group = static_cast<int>(block_x()) / shape.blocks;
     direction = first_direction + group / shape.groups;
     first_unit = static_cast<int>(block_x()) % shape.blocks * shape.units;
-    first_column = group % shape.groups * shape.columns;
-    columns = rows - first_column < shape.columns ? rows - first_column : shape.columns;
+    first_slot = group % shape.groups * shape.slots;
+    slots = all_slots - first_slot < shape.slots ? all_slots - first_slot : shape.slots;
   }
 };
 
@@ -139,7 +139,7 @@ class Watchdog {
   uint64_t begin_ = 0;
 };
 
-// This lane's 16 bytes of up to `most` chunks, `stride` chunks apart; zeros for others, and for sequences that there are not.
+// This lane's 16 bytes of up to `most` chunks, `stride` chunks apart; zeros for others, and for slots that there are not.
 template <int most>
 HSM_DEVICE void receive(const Words4* chunks, int stride, int count, bool exists, Words4 (&words)[most]) {
   const Words4* at = chunks + lane();
@@ -210,11 +210,11 @@ class GridWeights {
     for (int i = held_chunks; i < chunks_; ++i) load(i, shared_tile(i, 0) + lane());
   }
 
-  // The warp's part of the product with what arrives in `buffer` of up to 8 sequences, into its part of `partial` (warps, tiles * 16, 8).
-  HSM_DEVICE void multiply(const uint32_t* buffer, int64_t sequences, float* partial) const {
+  // The warp's part of the product with what arrives in `buffer` of up to 8 slots, into its part of `partial` (warps, tiles * 16, 8).
+  HSM_DEVICE void multiply(const uint32_t* buffer, int64_t slots, float* partial) const {
     float* const mine = partial + warp() * tiles_ * 16 * grid_columns;
     const Words4* chunks = reinterpret_cast<const Words4*>(buffer) + warp() * 32;
-    const bool exists = static_cast<int64_t>(lane() / 4) < sequences;
+    const bool exists = static_cast<int64_t>(lane() / 4) < slots;
     float sums[chains][most_tiles][Product::sums] = {};
     add<true>(chunks, 0, exists, sums);
     for (int first = together; first < chunks_; first += together) add<false>(chunks, first, exists, sums);
@@ -298,37 +298,47 @@ HSM_DEVICE void send(const GridShape& shape, uint32_t* exchange, int group, int 
   store_relaxed(exchange_buffer(shape, exchange, group, pass, round - 1 + grid_buffers) + at, nothing);
 }
 
-// The buffers of a launch before its first round: that of the round has `vectors` (D, rows, parts * H), the others nothing. What there is not,
-// behind the units and the sequences, is zero in all of them, and nobody writes it.
-struct GridBeginning {
+// What a kernel gets.
+template <class Round>
+struct GridRun {
+  Round round;
   GridShape shape;
-  int hidden, first_direction;
-  int64_t rows, row_stride;  // row_stride: rows from one direction to the next
-  const void* vectors;       // T, or null: nothing for any round
+  int first_direction;
   uint32_t* exchange;
 };
 
-template <Arithmetic arithmetic>
-HSM_KERNEL(block_threads) begin_exchange(HSM_ARGUMENT GridBeginning s) {
+// What is multiplied in the first round: the h that enters it, or nothing.
+template <class T>
+HSM_DEVICE float first_vector(const ForwardRound& s, int direction, int64_t slot, int unit) {
+  const Visit visit = visit_at(s.visits, direction, slot, 0);
+  return visit.has(Visit::is_step) ? entering_h<T>(s, direction, visit, unit) : 0.0f;
+}
+template <class T>
+HSM_DEVICE float first_vector(const BackwardRound&, int, int64_t, int) {
+  return 0.0f;
+}
+
+// The buffers of a launch before its first round: that of the round has what it multiplies, the others nothing. What there is not,
+// behind the units and the slots, is zero in all of them, and nobody writes it.
+template <Arithmetic arithmetic, class Round>
+HSM_KERNEL(block_threads) begin_exchange(HSM_ARGUMENT GridRun<Round> s) {
 #ifdef HSM_HAS_MMA
   using T = Element<arithmetic>;
-  constexpr int in_word = elements_per_word<arithmetic>, words_of_sequence = grid_chunk_bytes / 4;
+  constexpr int in_word = elements_per_word<arithmetic>, words_of_column = grid_chunk_bytes / 4;
   const GridShape& shape = s.shape;
   const int64_t at = int64_t{block_x()} * block_threads + thread();
   if (at >= shape.exchange_words()) return;
   const int64_t buffer = at / shape.buffer_words(), in_buffer = at % shape.buffer_words();
   const int64_t pass = buffer / grid_buffers % shape.passes, group = buffer / grid_buffers / shape.passes;
-  const int chunk = static_cast<int>(in_buffer / grid_chunk_words), part = chunk / shape.part_chunks;
-  const int unit = (chunk % shape.part_chunks * words_of_sequence + static_cast<int>(in_buffer % words_of_sequence)) * in_word;
-  const int64_t in_group = pass * grid_columns + in_buffer / words_of_sequence % grid_columns, row = group % shape.groups * shape.columns + in_group;
+  const int chunk = static_cast<int>(in_buffer / grid_chunk_words);
+  const int unit = (chunk % shape.part_chunks * words_of_column + static_cast<int>(in_buffer % words_of_column)) * in_word;
+  const int64_t in_group = pass * grid_columns + in_buffer / words_of_column % grid_columns, slot = group % shape.groups * shape.slots + in_group;
+  const int hidden = s.round.params.sizes.hidden, direction = s.first_direction + static_cast<int>(group / shape.groups);
   uint32_t word = 0;
-  if (unit < s.hidden && in_group < shape.columns && row < s.rows) {
+  if (unit < hidden && in_group < shape.slots && slot < s.round.visits.slots) {
     word = nothing;
-    if (s.vectors && buffer % grid_buffers == 0) {
-      const int64_t direction = s.first_direction + group / shape.groups;
-      const T* from = static_cast<const T*>(s.vectors) + ((direction * s.row_stride + row) * shape.parts + part) * s.hidden + unit;
-      word = something(word_of<arithmetic>(0, [&](int i) { return unit + i < s.hidden ? widen(from[i]) : 0.0f; }));
-    }
+    if (buffer % grid_buffers == 0)
+      word = something(word_of<arithmetic>(0, [&](int i) { return unit + i < hidden ? first_vector<T>(s.round, direction, slot, unit + i) : 0.0f; }));
   }
   s.exchange[at] = word;
 #else
@@ -336,27 +346,16 @@ HSM_KERNEL(block_threads) begin_exchange(HSM_ARGUMENT GridBeginning s) {
 #endif
 }
 
-// What a kernel gets.
-template <class Round>
-struct GridRun {
-  Round round;
-  GridShape shape;
-  int first_direction;
-  int64_t begin;  // the first of
-  int rounds;
-  uint32_t* exchange;
-};
-
 // Launches kernel(run) for all directions, as many at once as there is room for.
-template <Arithmetic arithmetic, class Run>
-cudaError_t launch_grid(void (*kernel)(Run), Run run, GridBeginning beginning, int directions, cudaStream_t stream) {
-  const GridShape& shape = beginning.shape;
+template <Arithmetic arithmetic, class Round>
+cudaError_t launch_grid(void (*kernel)(GridRun<Round>), GridRun<Round> run, cudaStream_t stream) {
+  const GridShape& shape = run.shape;
   cudaError_t status = cudaSuccess;
-  for (int d = 0; d < directions && status == cudaSuccess; d += shape.directions) {
-    beginning.first_direction = run.first_direction = d;
+  for (int d = 0; d < run.round.params.sizes.directions && status == cudaSuccess; d += shape.directions) {
+    run.first_direction = d;
     LaunchShape words{static_cast<unsigned>((shape.exchange_words() + block_threads - 1) / block_threads)};
     words.threads = block_threads;
-    status = launch(begin_exchange<arithmetic>, words, stream, beginning);
+    status = launch(begin_exchange<arithmetic, Round>, words, stream, run);
     if (status != cudaSuccess) return status;
     LaunchShape blocks{static_cast<unsigned>(shape.directions * shape.groups * shape.blocks)};
     blocks.threads = grid_threads, blocks.shared_bytes = static_cast<size_t>(shape.shared_bytes);

@@ -1,7 +1,7 @@
 // How the grid variant shares out a pass: the host's part, without CUDA.
 //
 // All blocks of one launch are on the GPU together. A group of them holds the recurrent weights of one direction, each block those of some units,
-// and runs some of the sequences (or lanes, in the backward pass). Blocks of a group meet in every round; groups never meet.
+// and runs some of the slots. Blocks of a group meet in every round; groups never meet.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace hsm {
 namespace cuda {
 
 constexpr int grid_warps = 8, grid_threads = 32 * grid_warps;
-// A product takes the states of so many sequences at once, and of each of them 64 bytes: a chunk.
+// A product takes the states of so many slots at once, and of each of them 64 bytes: a chunk.
 constexpr int grid_columns = 8, grid_chunk_bytes = 64;
 constexpr int64_t grid_chunk_words = grid_columns * grid_chunk_bytes / 4;
 constexpr int grid_buffers = 8, grid_rounds_between_fences = 3;  // grid.cuh says how they go together
@@ -25,7 +25,7 @@ struct GridShape {
   int groups;          // of each direction
   int blocks;          // of each group
   int units;           // of each block; an even number, so that two 16-bit numbers that travel together have one sender
-  int64_t columns;     // sequences or lanes of each group, or fewer
+  int64_t slots;       // of each group, or fewer
   int passes;          // grid_columns of them at a time
   int parts;           // vectors of H that are exchanged in a round: h, or the gradient of each gate
   int part_chunks;     // of each of them
@@ -50,11 +50,11 @@ HSM_HOST_DEVICE constexpr int grid_chunks_together(PassKind pass, Arithmetic ari
   return arithmetic == Arithmetic::tf32 || (pass == PassKind::backward && arithmetic != Arithmetic::float32) ? 8 : 4;
 }
 
-// The grid variant's plan for a pass over `rows` sequences or lanes, or that of `step`, with the reason. `blocks`: of a group, or 0.
-Plan plan_grid(const Sizes& sizes, int64_t rows, PassKind pass, Arithmetic arithmetic, const DeviceFacts& device, int blocks);
+// The grid variant's plan for a pass, or that of `step`, with the reason. `blocks`: of a group, or 0.
+Plan plan_grid(const Sizes& sizes, PassKind pass, bool cuts, Arithmetic arithmetic, const DeviceFacts& device, int blocks);
 
 // What such a plan means. All zero for other variants.
-GridShape grid_shape(const Sizes& sizes, int64_t rows, PassKind pass, const Plan& plan);
+GridShape grid_shape(const Sizes& sizes, PassKind pass, const Plan& plan);
 
 }  // namespace cuda
 }  // namespace hsm

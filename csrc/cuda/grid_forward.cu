@@ -16,7 +16,7 @@ HSM_KERNEL(grid_threads) grid_forward_kernel(HSM_ARGUMENT GridForward s) {
   const GridShape& shape = s.shape;
   const ForwardParams& p = s.round.params;
   const Sizes& z = p.sizes;
-  const GridPlace place(shape, s.first_direction, z.batch);
+  const GridPlace place(shape, s.first_direction, s.round.visits.slots);
   const int d = place.direction;
   float* const partials = shared_storage<float>();
 
@@ -32,27 +32,28 @@ HSM_KERNEL(grid_threads) grid_forward_kernel(HSM_ARGUMENT GridForward s) {
 
   const int in_block = static_cast<int>(thread()) % shape.units, column = static_cast<int>(thread()) / shape.units;
   const int unit = place.first_unit + in_block;
+  const int rounds = rounds_of(s.round.visits, d, place.first_slot, place.slots);
   int turn = 0;
-  for (int round = 0; round < s.rounds; ++round) {
-    const int64_t index = s.begin + round;
+  for (int round = 0; round < rounds; ++round) {
     for (int pass = 0; pass < shape.passes; ++pass, turn ^= 1) {
-      const int64_t sequences = place.columns - pass * grid_columns;
-      const bool exists = unit < z.hidden && column < grid_columns && column < sequences;
-      const int64_t n = place.first_column + pass * grid_columns + column, state = (d * z.batch + n) * z.hidden + unit;
+      const int64_t slots = place.slots - pass * grid_columns, slot = place.first_slot + pass * grid_columns + column;
+      const bool exists = unit < z.hidden && column < grid_columns && column < slots;
+      float* const slot_state = static_cast<float*>(s.round.slot_state) + (d * s.round.visits.slots + slot) * z.hidden + unit;
       // What does not depend on the others is loaded first.
-      ForwardVisit visit{};
-      float pre[4] = {0, 0, 0, 0}, h = 0, c = 0, reset_h = 0, reset_c = 0;
+      Visit visit{}, next{};
+      float pre[4] = {0, 0, 0, 0}, state = 0, next_h = 0;
       if (exists) {
-        visit = visit_of(z, index, d, n, runs(s.round, index, d, n), resets_behind(s.round, index, d, n));
-        if (visit.runs) input_preactivations<T, kind>(p.weights[d], z.hidden, unit, input_of<T>(s.round, visit), pre);
-        h = load<T>(s.round.state_h, state);
-        if (kind == CellKind::lstm) c = static_cast<const float*>(s.round.state_c)[state];
-        if (visit.reset) reset_h = load<T>(p.boundaries.reset_h, state);
-        if (visit.reset && kind == CellKind::lstm) reset_c = load<T>(p.boundaries.reset_c, state);
+        visit = visit_at(s.round.visits, d, slot, round), next = visit_at(s.round.visits, d, slot, round + 1);
+        if (visit.has(Visit::is_step)) input_preactivations<T, kind>(p.weights[d], z.hidden, unit, input_of<T>(s.round, visit_of(d, visit)), pre);
+        if (!visit.has(Visit::first))
+          state = *slot_state;
+        else
+          state = kind == CellKind::lstm ? entering_c<T>(s.round, d, visit, unit) : entering_h<T>(s.round, d, visit, unit);
+        if (next.has(Visit::first)) next_h = entering_h<T>(s.round, d, next, unit);
       }
 
       float* const partial = partials + turn * shape.partial_floats();
-      weights.multiply(exchange_buffer(shape, s.exchange, place.group, pass, round), sequences, partial);
+      weights.multiply(exchange_buffer(shape, s.exchange, place.group, pass, round), slots, partial);
       sync_threads();
 
       UnitStep<float> out{};
@@ -62,17 +63,16 @@ HSM_KERNEL(grid_threads) grid_forward_kernel(HSM_ARGUMENT GridForward s) {
 #pragma unroll
         for (int g = 0; g < gates; ++g) product[g] = sum_of_parts(shape, partial, g * shape.units + in_block, column);
         add_state_product<kind>(product, pre);
-        out = forward_unit<kind>(visit, pre, h, c);
-        entering = narrow<T>(next_state(visit, out.h, h, reset_h));
+        out = forward_unit<kind>(visit.has(Visit::is_step), pre, state, state);
+        out.h = widen(narrow<T>(out.h));
+        entering = narrow<T>(next.has(Visit::first) ? next_h : out.h);
       }
       // What the others wait for goes first.
       const uint32_t word = travelling_word(operand<arithmetic>(widen(entering)));
       if (!exists) continue;
       if (has_word<T>(unit)) send<T>(shape, s.exchange, place.group, pass, round, 0, unit, column, word);
-      write_unit<T, kind>(s.round, visit, unit, out);
-      write_hidden<T>(s.round, visit, unit, out.h, h);
-      static_cast<T*>(s.round.state_h)[state] = entering;
-      if (kind == CellKind::lstm) static_cast<float*>(s.round.state_c)[state] = next_state(visit, out.c, c, reset_c);
+      write_step<T, kind>(s.round, d, visit, unit, out);
+      *slot_state = kind == CellKind::lstm ? out.c : out.h;
     }
     end_round(round);
   }
@@ -83,13 +83,11 @@ HSM_KERNEL(grid_threads) grid_forward_kernel(HSM_ARGUMENT GridForward s) {
 
 }  // namespace
 
-cudaError_t grid_forward(const ForwardRound& round, int64_t begin, int64_t end, const GridShape& shape, void* exchange, cudaStream_t stream) {
-  const Sizes& z = round.params.sizes;
-  const GridForward s{round, shape, 0, begin, static_cast<int>(end - begin), static_cast<uint32_t*>(exchange)};
-  const GridBeginning beginning{shape, z.hidden, 0, z.batch, z.batch, round.state_h, s.exchange};
-  return with_arithmetic_and_cell(shape.arithmetic, z.cell, [&](auto arithmetic, auto cell) {
+cudaError_t grid_forward(const ForwardRound& round, const GridShape& shape, void* exchange, cudaStream_t stream) {
+  const GridForward s{round, shape, 0, static_cast<uint32_t*>(exchange)};
+  return with_arithmetic_and_cell(shape.arithmetic, round.params.sizes.cell, [&](auto arithmetic, auto cell) {
     constexpr Arithmetic a = decltype(arithmetic)::value;
-    return launch_grid<a>(grid_forward_kernel<a, decltype(cell)::value>, s, beginning, z.directions, stream);
+    return launch_grid<a>(grid_forward_kernel<a, decltype(cell)::value>, s, stream);
   });
 }
 

@@ -8,9 +8,9 @@
 namespace hsm {
 namespace cuda {
 
-// Rounds [begin, end), from what is in `round` to what is there. `exchange`: shape.exchange_words() words.
-cudaError_t grid_forward(const ForwardRound& round, int64_t begin, int64_t end, const GridShape& shape, void* exchange, cudaStream_t stream);
-cudaError_t grid_backward(const BackwardRound& round, int64_t begin, int64_t end, const GridShape& shape, void* exchange, cudaStream_t stream);
+// The rounds of a chunk. `exchange`: shape.exchange_words() words.
+cudaError_t grid_forward(const ForwardRound& round, const GridShape& shape, void* exchange, cudaStream_t stream);
+cudaError_t grid_backward(const BackwardRound& round, const GridShape& shape, void* exchange, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace hsm

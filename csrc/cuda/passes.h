@@ -3,9 +3,10 @@
 // its rounds; all else is the same for all.
 //
 // All work is enqueued on the caller's stream. Nothing is allocated, read back or waited for, so a call can be captured in a CUDA
-// graph. Masks and lengths are read on the device only. So what the host does not know costs rounds: sequences that the masks cut
-// at different steps run as if they were not cut. Only where the caller says that all are detached at every k-th step
-// (Boundaries::detach_every) do segments run beside each other in the backward pass.
+// graph. Masks and lengths are read on the device only. A persistent variant deals the segments into which they cut the sequences to slots there
+// (schedule.cuh), and runs no more rounds than these need. The host, which launches the step variant's rounds, does not know them: there, sequences run
+// as if they were not cut. Only where the caller says that all are detached at every k-th step (Boundaries::detach_every) do segments run
+// beside each other in the backward pass.
 //
 // Every sum has a fixed order, so that equal calls give equal bits.
 #pragma once
@@ -78,6 +79,8 @@ struct Limits {
   int64_t input_product_bytes = int64_t{32} << 20;
   // A persistent variant loads the weights anew for each such piece.
   int64_t persistent_input_product_bytes = int64_t{128} << 20;
+  // What deals segments to slots.
+  int64_t schedule_bytes = int64_t{32} << 20;
   // The gradients of the pre-activations of one direction: rows enough for fast products over them.
   int64_t gate_gradient_bytes = int64_t{128} << 20;
 };

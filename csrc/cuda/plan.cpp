@@ -1,5 +1,6 @@
 #include "cuda/plan.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -34,7 +35,7 @@ Plan cluster_of(const Shape& shape, Arithmetic arithmetic) {
   plan.variant = Variant::cluster;
   plan.arithmetic = arithmetic;
   plan.blocks = shape.blocks;
-  plan.rows = shape.sequences();
+  plan.slots = shape.slots();
   plan.units = shape.units;
   plan.shared_weight_bytes = shape.shared_weight_bytes();
   plan.shared_bytes = shape.shared_bytes();
@@ -53,10 +54,17 @@ std::optional<Plan> cluster_of(const Sizes& z, PassKind pass, Arithmetic arithme
 }
 
 // With few sequences as many blocks as there is room for share the work of a cluster; with many as few as hold the weights.
-Plan plan_cluster(const Sizes& z, int64_t rows, PassKind pass, const Setting& setting) {
+Plan plan_cluster(const Sizes& z, PassKind pass, bool cuts, const Setting& setting) {
   const DeviceFacts& device = setting.device;
   if (device.capability < 90) return step("clusters need compute capability 9.0, and code for it");
   const Arithmetic arithmetic = arithmetic_of(z.dtype, setting.allow_tf32);
+  // Where segments are dealt, the rest of the chip takes some, too.
+  const auto with_slots = [&](Plan plan) {
+    const int64_t steps = z.steps * z.batch, most = std::min((steps + plan.slots - 1) / plan.slots, most_dealt_slots / plan.slots);
+    const int64_t clusters = std::clamp<int64_t>(device.multiprocessors / (z.directions * plan.blocks), 1, most);
+    plan.all_slots = cuts ? clusters * plan.slots : z.batch;
+    return plan;
+  };
   std::optional<Plan> fewest;
   for (int column_tiles = 1; column_tiles <= most_column_tiles; ++column_tiles) {
     std::optional<Plan> best;
@@ -66,13 +74,13 @@ Plan plan_cluster(const Sizes& z, int64_t rows, PassKind pass, const Setting& se
       const std::optional<Plan> plan = cluster_of(z, pass, arithmetic, blocks, column_tiles, device.shared_bytes);
       if (!plan) continue;
       if (!fewest) fewest = plan;
-      const int64_t clusters = z.directions * ((rows + plan->rows - 1) / plan->rows);
+      const int64_t clusters = z.directions * ((z.batch + plan->slots - 1) / plan->slots);
       const bool worth_it = blocks <= preferred_cluster || !best || best->shared_weight_bytes > most_shared_weights;
       if (worth_it && clusters * blocks <= device.multiprocessors) best = plan;
     }
-    if (best) return *best;
+    if (best) return with_slots(*best);
   }
-  if (fewest) return *fewest;
+  if (fewest) return with_slots(*fewest);
   return step("the recurrent weights do not fit into such a cluster");
 }
 
@@ -103,19 +111,20 @@ std::optional<Request> parse_request(const char* text) {
   return {};
 }
 
-Plan plan_recurrence(const Sizes& sizes, int64_t rows, PassKind pass, const Setting& setting) {
+Plan plan_recurrence(const Sizes& sizes, PassKind pass, bool cuts, const Setting& setting) {
   if (setting.request.variant == Variant::step) return step("no other variant was asked for");
-  if (sizes.steps == 0 || rows == 0) return step("there are no steps to run");
+  if (sizes.steps == 0 || sizes.batch == 0) return step("there are no steps to run");
   if (sizes.dtype == ScalarKind::float64) return step("only step runs float64");
+  if (sizes.batch > most_persistent_sequences) return step("only step runs so many sequences");
   if (sizes.projection) return step("only step runs a projection");
-  if (setting.request.variant == Variant::cluster) return plan_cluster(sizes, rows, pass, setting);
-  return plan_grid(sizes, rows, pass, arithmetic_of(sizes.dtype, setting.allow_tf32), setting.device, setting.request.blocks);
+  if (setting.request.variant == Variant::cluster) return plan_cluster(sizes, pass, cuts, setting);
+  return plan_grid(sizes, pass, cuts, arithmetic_of(sizes.dtype, setting.allow_tf32), setting.device, setting.request.blocks);
 }
 
 std::string describe(const Plan& plan) {
   if (plan.variant == Variant::step) return std::string("step: ") + plan.reason;
   return std::string(name_of(plan.variant)) + ": as was asked for; " + std::to_string(plan.blocks) + " blocks share " +
-         std::to_string(plan.rows) + " sequences, each has " + std::to_string(plan.units) + " units";
+         std::to_string(plan.slots) + " sequences, each has " + std::to_string(plan.units) + " units";
 }
 
 }  // namespace cuda

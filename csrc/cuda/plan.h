@@ -17,6 +17,12 @@ namespace cuda {
 enum class Variant { step, cluster, grid };
 const char* name_of(Variant variant);
 
+// A visit (visits.cuh) has so many bits for the sequence.
+constexpr int visit_flag_bits = 7;
+constexpr int64_t most_persistent_sequences = (int64_t{1} << (32 - visit_flag_bits)) - 1;
+// That segments are dealt to.
+constexpr int64_t most_dealt_slots = 4096;
+
 enum class PassKind { forward, backward };
 
 // What the current device can do, as far as it decides.
@@ -50,16 +56,18 @@ struct Plan {
   Variant variant = Variant::step;
   Arithmetic arithmetic{};
   int blocks = 0;  // of a cluster or group, which holds all weights of one direction
-  int rows = 0;    // sequences that it runs
+  int slots = 0;   // that it runs: each goes through one sequence, or through segments of them
   int units = 0;   // of a block
   int64_t shared_weight_bytes = 0;  // of a block: weights that registers have no room for
   int directions = 0;  // that run together; grid
   int64_t shared_bytes = 0;
-  const char* reason = "";  // for `step`
+  int64_t all_slots = 0;     // of a direction
+  const char* reason = "";   // for `step`
 };
 
-// How the recurrence of a pass over `rows` sequences, or segments of them, would run.
-Plan plan_recurrence(const Sizes& sizes, int64_t rows, PassKind pass, const Setting& setting);
+// How the recurrence of a pass would run. `cuts`: masks or lengths may cut the sequences into segments, which a persistent variant deals to as many slots
+// as it has room for.
+Plan plan_recurrence(const Sizes& sizes, PassKind pass, bool cuts, const Setting& setting);
 
 // A plan in words.
 std::string describe(const Plan& plan);

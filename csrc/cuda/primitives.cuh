@@ -12,7 +12,9 @@
 //   store_async(to, value, barrier)        16 bytes into another block's shared memory, which credits its barrier
 //   load_relaxed, store_relaxed            16 or 4 bytes of global memory, word by word, seen by all blocks
 //   fence()                                what was written or seen before it comes before what is written or looked for after it
-//   any_lane(condition)                    of the warp; all lanes call it
+//   any_lane(condition) ballot(condition)  of the warp: whether it holds for one, and a bit for each; all lanes call it
+//   lowest_bit(bits)                       the number of the lowest that is set
+//   atomic_add(address, number)            what was there before
 //   nanoseconds()                          since some time
 //   give_up()                              ends the grid with an error
 //   mma_bf16(d, a, b) mma_fp16 mma_tf32    D += A B by one warp: m16n8k16, and m16n8k8 for TF32
@@ -187,6 +189,9 @@ HSM_DEVICE void store_relaxed(uint32_t* address, uint32_t value) {
 HSM_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 HSM_DEVICE bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
+HSM_DEVICE unsigned ballot(bool condition) { return __ballot_sync(0xffffffffu, condition); }
+HSM_DEVICE int lowest_bit(unsigned bits) { return __ffs(static_cast<int>(bits)) - 1; }
+HSM_DEVICE int32_t atomic_add(int32_t* address, int32_t number) { return atomicAdd(address, number); }
 HSM_DEVICE uint64_t nanoseconds() {
   uint64_t time;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));

@@ -36,10 +36,11 @@ _LITTLE_ROOM = [
     ("csrc/cuda/passes.h", "int64_t{128} << 20", "1024"),
     ("csrc/cuda/cluster.h", "(column_tiles == 1 ? 8 : 5) - (cell == CellKind::gru)", "1"),
     ("csrc/cuda/plan.cpp", "<= device.multiprocessors", "<= device.multiprocessors / 8"),
+    ("csrc/cuda/plan.cpp", "(device.multiprocessors / (", "(device.multiprocessors / 16 / ("),
 ]
 #: The same with so little memory for products over many steps that both passes go through every call in pieces.
 #: Persistent kernels have little room there, too: few weights in registers, and so few multiprocessors that a block
-#: takes many sequences.
+#: takes many sequences, and a slot many segments.
 IN_PIECES = BUILD
 for _change in _LITTLE_ROOM:
     IN_PIECES = IN_PIECES.patched(*_change)

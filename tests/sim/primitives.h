@@ -63,7 +63,10 @@ inline void store_relaxed(uint32_t* address, uint32_t value) {
   sim::progress();
 }
 
-inline bool any_lane(bool condition, sim::Where where = sim::Where::here()) { return sim::ballot(sim::all_lanes, condition, where) != 0; }
+inline unsigned ballot(bool condition, sim::Where where = sim::Where::here()) { return sim::ballot(sim::all_lanes, condition, where); }
+inline bool any_lane(bool condition, sim::Where where = sim::Where::here()) { return ballot(condition, where) != 0; }
+inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
+inline int32_t atomic_add(int32_t* address, int32_t number) { return sim::atomic_add(address, number); }
 inline uint64_t nanoseconds() { return sim::nanoseconds(); }
 inline void give_up() { sim::fail("a block waited too long for others"); }
 

@@ -14,7 +14,7 @@ from test_ops import Case
 pytestmark = [needs_compiler, pytest.mark.slow]
 
 FORWARD, BACKWARD, LAYER = (f"csrc/cuda/{name}" for name in ("forward.cu", "backward.cu", "layer.cuh"))
-FORWARD_UNIT, BACKWARD_UNIT = (f"csrc/cuda/{name}" for name in ("forward.cuh", "backward.cuh"))
+FORWARD_UNIT, BACKWARD_UNIT, VISITS = (f"csrc/cuda/{name}.cuh" for name in ("forward", "backward", "visits"))
 PRODUCT = (
     "      queue.multiply(through_transposed(weight_hh_, columns_, z_.hidden_out, "
     "round_.state_h, round_.state_product));\n"
@@ -32,8 +32,10 @@ FAULTS = [
     ("begin_backward", BACKWARD, "empty ? load<T>(p.grad_h_n, at) : 0", "0"),
     ("backward_projected", BACKWARD, "store<T>(s.grad_h, at, grad)", "store<T>(s.grad_h, at, 0)"),
     ("backward_unit", BACKWARD_UNIT, "is_lstm ? incoming : incoming + carried", "incoming"),
-    ("backward visit, detaches", BACKWARD_UNIT, "!visit.to_reset && !sequences.detaches(edge, n)", "!visit.to_reset"),
-    ("sum_lanes", BACKWARD, "lane < s.lanes; lane += s.batch", "lane < s.batch; lane += s.batch"),
+    ("backward visit, detaches", BACKWARD_UNIT, "(edge, n) && !sequences.detaches(edge, n); };", "(edge, n); };"),
+    ("backward visit, handed on", BACKWARD_UNIT, "visit.carries = visit.runs", "visit.carries = false"),
+    ("add_resets", BACKWARD, "s.first_step[d] + step + d, n)", "s.first_step[d] + step, n)"),
+    ("add_resets, pieces", BACKWARD, "place.exists && s.add ?", "false ?"),
     ("activate_gates", BACKWARD, "place.row * 4 * s.hidden", "place.row * 3 * s.hidden"),
     ("sum_slabs", BACKWARD, "load<T>(s.matrix, row * s", "load<T>(s.matrix, begin * s"),
     ("sum_of_slabs", BACKWARD, "s.add ? *total : A{0}", "A{0}"),
@@ -111,15 +113,23 @@ VARIANT_FAULTS = [
     ("forward, one outbox", CLUSTER_FORWARD, "0.0f);\n    sync_warp();\n", "0.0f);\n"),
     ("forward, sums not shared yet", CLUSTER_FORWARD, "    sync_threads();\n", ""),
     ("forward, not started", CLUSTER_FORWARD, "init();\n    cluster_arrive();\n    cluster_wait();\n", "init();"),
-    ("forward, states of a piece", CLUSTER_FORWARD, "    leave_states();\n", ""),
+    ("forward, states of a piece", FORWARD_UNIT, "  store<T>(s.next_h, at, out.h);\n", ""),
+    ("forward, begins behind a piece", FORWARD_UNIT, "visit.has(Visit::initial) ? p.h_0 : s.state_h", "s.state_h"),
+    ("forward, where a segment begins", CLUSTER_FORWARD, "h = begins ? next.h[n][column] : out.h", "h = out.h"),
+    ("forward, visit of the round before", CLUSTER_FORWARD, "slot(n, column), i + 1);", "slot(n, column), i);"),
+    ("forward, rounds", VISITS, "if (rounds > most) most = rounds;", "most = rounds;"),
+    ("forward, behind a length", FORWARD, "clear_results(queue);", ";"),
     ("forward, zeros behind the units", CLUSTER_FORWARD, "      h_of(1)[i] = 0;\n", ""),
     ("backward, no wait", CLUSTER_BACKWARD, "mbarrier_wait(barrier, static_cast<unsigned>(exchange) / 2 % 2);", ""),
     ("backward, parity", CLUSTER_BACKWARD, "(exchange) / 2 % 2", "(exchange + 1) / 2 % 2"),
-    ("backward, one buffer of slots", CLUSTER_BACKWARD, "shape_.slots() + exchange % 2", "shape_.slots() + 0"),
+    ("backward, one buffer of parts", CLUSTER_BACKWARD, "shape_.inboxes() + exchange % 2", "shape_.inboxes() + 0"),
     ("backward, one buffer of gates", CLUSTER_BACKWARD, "+ (round & 1) *", "+ 0 *"),
-    ("backward, gates not there yet", CLUSTER_BACKWARD, "      sync_threads();\n    }\n", "    }\n"),
-    ("backward, slot of the sender", CLUSTER_BACKWARD, "slots_of(exchange) + rank_ *", "slots_of(exchange) + 0 *"),
-    ("backward, gates of a piece", CLUSTER_BACKWARD, "        if (last) store<T>", "        if (false) store<T>"),
+    ("backward, gates not there yet", CLUSTER_BACKWARD, "1);\n      sync_threads();\n", "1);\n"),
+    ("backward, inbox of the sender", CLUSTER_BACKWARD, "inbox_of(exchange) + rank_ *", "inbox_of(exchange) + 0 *"),
+    ("backward, gradients of a piece", BACKWARD_UNIT, "if (visit.to_chunk)", "if (false)"),
+    ("backward, into the segment before", BACKWARD_UNIT, "has(Visit::is_step) && !ends", "has(Visit::is_step)"),
+    ("backward, whose initial state", BACKWARD_UNIT, "visit.from_sequence) * size", "visit.sequence) * size"),
+    ("backward, behind a length", BACKWARD, "queue.fill(p_.grad_gates", "if (false) queue.fill(p_.grad_gates"),
 ]
 
 
@@ -139,6 +149,7 @@ def variant_witnesses() -> Iterator[Case]:
     for hidden, batch in [(44, 3), (70, 9), (60, 20)]:
         for cell in ("LSTM", "GRU"):
             yield Case(cell, 6, batch, hidden=hidden, directions=2, dtype=torch.bfloat16, **BOUNDARIES["all of them"])
+    yield Case("GRU", 6, 40, hidden=44, dtype=torch.bfloat16, resets=True)  # several segments for each slot
 
 
 def test_is_found_in_a_variant(faulty_variant: None) -> None:
@@ -168,11 +179,13 @@ GRID_FAULTS = [
     ("swapped buffer", GRID, SEND, SEND.replace("round + 1", "round + 2")),
     ("nothing reset", GRID, RESET, ""),
     ("reset too early", GRID, RESET, RESET.replace("round - 1", "round")),
-    ("sequences of a group", GRID, "first_column = group % shape.groups * shape.columns", "first_column = 0"),
+    ("slots of a group", GRID, "first_slot = group % shape.groups * shape.slots", "first_slot = 0"),
     ("forward, one buffer of sums", GRID_FORWARD, "partials + turn * shape.partial_floats()", "partials"),
-    ("forward, states of a piece", GRID_FORWARD, "      static_cast<T*>(s.round.state_h)[state] = entering;\n", ""),
-    ("backward, sums not there yet", GRID_BACKWARD, "lanes, partial);\n      sync_threads();", "lanes, partial);"),
-    ("backward, gradients of a piece", GRID_BACKWARD, "round + 1 == s.rounds", "false"),
+    ("forward, state of a slot", GRID_FORWARD, "      *slot_state = kind == CellKind::lstm ? out.c : out.h;\n", ""),
+    ("forward, states of a piece", FORWARD_UNIT, "  store<T>(s.next_h, at, out.h);\n", ""),
+    ("backward, sums not there yet", GRID_BACKWARD, "slots, partial);\n      sync_threads();", "slots, partial);"),
+    ("backward, gradients of a piece", BACKWARD_UNIT, "if (visit.to_chunk)", "if (false)"),
+    ("backward, one round too few", GRID_BACKWARD, "place.slots) + 1", "place.slots)"),
 ]
 
 
@@ -187,7 +200,7 @@ def is_right_in_a_grid(library: Library) -> bool:
     library.set_seed(0)
     with simulated(register(library)):
         for cell in ("LSTM", "GRU"):
-            for steps, batch, directions in [(12, 3, 2), (3, 34, 1)]:
+            for steps, batch, directions in [(12, 3, 2), (3, 34, 1), (7, 34, 2)]:
                 case = Case(cell, steps, batch, hidden=21, directions=directions, dtype=torch.bfloat16)
                 try:
                     assert_right(case)

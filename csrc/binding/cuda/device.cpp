@@ -80,7 +80,7 @@ cuda::Setting CudaDevice::setting() const {
 }
 
 std::string CudaDevice::explain(const Sizes& sizes, cuda::PassKind pass) const {
-  return cuda::describe(cuda::plan_recurrence(sizes, sizes.batch, pass, setting()));
+  return cuda::describe(cuda::plan_recurrence(sizes, pass, false, setting()));
 }
 
 void CudaDevice::forward(ForwardParams& p) const {
