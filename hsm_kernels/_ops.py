@@ -608,14 +608,14 @@ _lstm_backward = _eager(
     _backward_setup,
     _second_gradients(_lstm_backward_fallback),
     None,  # under forward mode the backward pass takes another way
-    partial(batched_backward, _lstm_backward_fallback, range(11, 21), 10),
+    partial(batched_backward, range(11, 21), 10),
 )
 _gru_backward = _eager(
     torch.ops.hsm_kernels.gru_backward.default,
     _backward_setup,
     _second_gradients(_gru_backward_fallback),
     None,
-    partial(batched_backward, _gru_backward_fallback, range(7, 15), 6),
+    partial(batched_backward, range(7, 15), 6),
 )
 
 

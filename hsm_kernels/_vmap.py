@@ -66,7 +66,6 @@ def _one_by_one(
 
 
 def batched_backward(
-    fallback: Callable[..., tuple[Tensor, ...]],
     weights: range,
     entering: int,
     call: Callable[..., tuple[Tensor, ...]],
@@ -87,8 +86,7 @@ def batched_backward(
         else _join(argument, dim, size, k == entering)
         for k, (argument, dim) in enumerate(zip(arguments, in_dims, strict=True))
     )
-    takes_samples = samples == 0 or operands[weights.start].device.type == "cpu"
-    results = (call if takes_samples else fallback)(*operands, size * samples)
+    results = call(*operands, size * samples)
     of_weights = 6
     states = [_split(result, size) for result in results[:-of_weights]]
     inner = (samples,) if samples > 1 else ()

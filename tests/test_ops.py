@@ -545,14 +545,19 @@ SAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize("samples", [2, 8])
 @pytest.mark.parametrize("flags", SAMPLES)
 @pytest.mark.parametrize("cell, proj_size", [("LSTM", 0), ("LSTM", 3), ("GRU", 0)])
 def test_gradients_of_samples(poisoned_memory: None, cell: str, proj_size: int, flags: str, samples: int) -> None:
-    """Of each sample as of a call with its sequences alone."""
     case = Case(cell, batch=8, proj_size=proj_size, **SAMPLES[flags])
+    assert_gradients_of_samples(case, samples)
     op, *arguments, _ = getattr(OPS, f"{cell.lower()}_backward").default, *backward_arguments(case)
+    torch.library.opcheck(op, (*arguments, samples))
+
+
+def assert_gradients_of_samples(case: Case, samples: int) -> None:
+    """Of each sample as of a call with its sequences alone."""
+    op, *arguments, _ = getattr(OPS, f"{case.cell.lower()}_backward").default, *backward_arguments(case)
     of_weights = 6
     found, together = op(*arguments, samples), op(*arguments, 1)
     torch.testing.assert_close(found[:-of_weights], together[:-of_weights])
@@ -560,7 +565,6 @@ def test_gradients_of_samples(poisoned_memory: None, cell: str, proj_size: int, 
         alone = [sequences_of(argument, samples, k, case) for argument in arguments]
         wanted = op(*alone, 1)[-of_weights:]
         torch.testing.assert_close([grad[k] if grad.numel() else grad for grad in found[-of_weights:]], [*wanted])
-    torch.library.opcheck(op, (*arguments, samples))
 
 
 def sequences_of(argument: Any, samples: int, k: int, case: Case) -> Any:
@@ -570,7 +574,6 @@ def sequences_of(argument: Any, samples: int, k: int, case: Case) -> Any:
     return argument.chunk(samples, dim=argument.shape.index(case.batch))[k]
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_samples_without_sequences(cell: str) -> None:
     *arguments, _ = backward_arguments(Case(cell, batch=0))

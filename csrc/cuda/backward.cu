@@ -120,38 +120,45 @@ HSM_KERNEL(block_threads) activate_gates(HSM_ARGUMENT GateRows s) {
   store_gates<T>(s.gates, place.row * 4 * s.hidden + place.unit, s.hidden, gates);
 }
 
-// Sums over the rows of a matrix, in two goes: of each slab of rows, then of the slabs.
+// Sums over the rows of each sample of a matrix, in two goes: of each slab of rows, then of the slabs.
 struct RowSums {
-  const void* matrix;  // T (rows, columns)
-  int64_t rows, slab_rows, slabs;
+  const void* matrix;  // T (steps, samples, sample_rows, columns)
+  int64_t steps, samples, sample_rows, slab_rows, slabs;
   int columns;
-  void* slab_sums;  // A (slabs, columns)
-  void* totals;     // A (columns,)
-  void* result;     // T (columns,): the totals
+  void* slab_sums;  // A (samples, slabs, columns)
+  void* totals;     // A (samples, columns)
+  void* result;     // T (samples, columns): the totals
   bool add;         // to what `totals` holds
 };
 
 template <class T>
 HSM_KERNEL(block_threads) sum_slabs(HSM_ARGUMENT RowSums s) {
   using A = Accumulator<T>;
-  const Place place = place_of_thread(s.slabs, s.columns);
+  const Place place = place_of_thread(s.samples * s.slabs, s.columns);
   if (!place.exists) return;
-  const int64_t begin = place.row * s.slab_rows, end = begin + s.slab_rows < s.rows ? begin + s.slab_rows : s.rows;
+  const int64_t sample = place.row / s.slabs, begin = place.row % s.slabs * s.slab_rows, rows = s.steps * s.sample_rows;
+  const int64_t end = begin + s.slab_rows < rows ? begin + s.slab_rows : rows, between_steps = (s.samples - 1) * s.sample_rows;
+  int64_t left = s.sample_rows - begin % s.sample_rows;  // of the step
+  int64_t row = begin / s.sample_rows * s.samples * s.sample_rows + sample * s.sample_rows + begin % s.sample_rows;
   A sum = 0;
-  for (int64_t row = begin; row < end; ++row) sum += load<T>(s.matrix, row * s.columns + place.unit);
+  for (int64_t i = begin; i < end; ++i, ++row) {
+    sum += load<T>(s.matrix, row * s.columns + place.unit);
+    if (--left == 0) left = s.sample_rows, row += between_steps;
+  }
   static_cast<A*>(s.slab_sums)[place.row * s.columns + place.unit] = sum;
 }
 
 template <class T>
 HSM_KERNEL(block_threads) sum_of_slabs(HSM_ARGUMENT RowSums s) {
   using A = Accumulator<T>;
-  const Place place = place_of_thread(1, s.columns);
+  const Place place = place_of_thread(s.samples, s.columns);
   if (!place.exists) return;
-  A* total = static_cast<A*>(s.totals) + place.unit;
+  const int64_t at = place.row * s.columns + place.unit;
+  A* total = static_cast<A*>(s.totals) + at;
   A sum = s.add ? *total : A{0};
-  for (int64_t slab = 0; slab < s.slabs; ++slab) sum += static_cast<const A*>(s.slab_sums)[slab * s.columns + place.unit];
+  for (int64_t slab = 0; slab < s.slabs; ++slab) sum += static_cast<const A*>(s.slab_sums)[(place.row * s.slabs + slab) * s.columns + place.unit];
   *total = sum;
-  store<T>(s.result, place.unit, sum);
+  store<T>(s.result, at, sum);
 }
 
 struct Rounding {
@@ -216,13 +223,14 @@ class BackwardPass {
     for (int d = 0; d < z_.directions; ++d) {
       p_.grad_gates[d] = arena.take_bytes(chunk_rows * 4 * hidden * element_);
       gates_[d] = p_.recompute ? arena.take_bytes(chunk_rows * 4 * hidden * element_) : nullptr;
-      // Where several chunks add to a result of a 16-bit type, it is summed in float32.
-      const bool apart = adds_chunks() && wide_ != z_.dtype;
-      weight_ih_sum_[d] = apart && layer.gradients.weight_ih[d] ? arena.take_bytes(columns_ * layer.input_size * wide_bytes_) : nullptr;
-      weight_hh_sum_[d] = apart && layer.gradients.weight_hh[d] ? arena.take_bytes(columns_ * out * wide_bytes_) : nullptr;
-      bias_totals_[d] = arena.take_bytes(4 * hidden * wide_bytes_);
+      // Where several products add to a result of a 16-bit type, it is summed in float32.
+      const bool apart = (adds_chunks() || (samples() > 1 && sample_rows() > 1)) && wide_ != z_.dtype;
+      const int64_t weight_rows = samples() * columns_;
+      weight_ih_sum_[d] = apart && layer.gradients.weight_ih[d] ? arena.take_bytes(weight_rows * layer.input_size * wide_bytes_) : nullptr;
+      weight_hh_sum_[d] = apart && layer.gradients.weight_hh[d] ? arena.take_bytes(weight_rows * out * wide_bytes_) : nullptr;
+      bias_totals_[d] = arena.take_bytes(samples() * 4 * hidden * wide_bytes_);
     }
-    slab_sums_ = arena.take_bytes(most_slabs * 4 * hidden * wide_bytes_);
+    slab_sums_ = arena.take_bytes(samples() * most_slabs() * 4 * hidden * wide_bytes_);
     product_rows_ = between(1, limits.input_product_bytes / at_least_1(columns_ * wide_bytes_), chunk_rows);
     // Whole steps, as the first one may have to be treated apart.
     product_steps_ = at_least_1(product_rows_ / at_least_1(z_.batch));
@@ -241,9 +249,9 @@ class BackwardPass {
     const LayerGradients& g = layer_.gradients;
     const int64_t rows = z_.steps * z_.batch;
     for (int d = 0; d < z_.directions && rows == 0; ++d) {
-      if (g.weight_ih[d]) queue.fill(g.weight_ih[d], 0, columns_ * layer_.input_size * element_);
-      if (g.weight_hh[d]) queue.fill(g.weight_hh[d], 0, columns_ * z_.hidden_out * element_);
-      if (g.bias[d]) queue.fill(g.bias[d], 0, 4 * int64_t{z_.hidden} * element_);
+      if (g.weight_ih[d]) queue.fill(g.weight_ih[d], 0, samples() * columns_ * layer_.input_size * element_);
+      if (g.weight_hh[d]) queue.fill(g.weight_hh[d], 0, samples() * columns_ * z_.hidden_out * element_);
+      if (g.bias[d]) queue.fill(g.bias[d], 0, samples() * 4 * z_.hidden * element_);
     }
     if (sums_resets() && z_.steps == 0) {
       queue.fill(p_.grad_reset_h, 0, z_.directions * z_.batch * z_.hidden_out * element_);
@@ -279,8 +287,10 @@ class BackwardPass {
   }
 
  private:
-  static constexpr int64_t most_slabs = 512;
-
+  int64_t samples() const { return at_least_1(layer_.gradients.samples); }
+  int64_t sample_rows() const { return z_.batch / samples(); }
+  // Of each sample.
+  int64_t most_slabs() const { return at_least_1(512 / samples()); }
   bool adds_chunks() const { return chunk_ < z_.steps; }
   bool sums_resets() const { return p_.grad_reset_h != nullptr; }
 
@@ -435,16 +445,17 @@ class BackwardPass {
     }
     if (last && weight_ih_sum_[d]) round_result<T>(queue, ih, g.weight_ih[d]);
     if (last && weight_hh_sum_[d]) round_result<T>(queue, hh, g.weight_hh[d]);
-    RowSums sums{p_.grad_gates[d], rows};
-    sums.slab_rows = at_least_1((rows + most_slabs - 1) / most_slabs);
-    sums.slabs = (rows + sums.slab_rows - 1) / sums.slab_rows;
+    RowSums sums{p_.grad_gates[d], steps_[d].count(), samples(), sample_rows()};
+    const int64_t summed = sums.steps * sums.sample_rows;
+    sums.slab_rows = at_least_1((summed + most_slabs() - 1) / most_slabs());
+    sums.slabs = (summed + sums.slab_rows - 1) / sums.slab_rows;
     sums.columns = 4 * z_.hidden;
     sums.slab_sums = slab_sums_, sums.totals = bias_totals_[d], sums.result = g.bias[d], sums.add = !first;
-    queue.run(sum_slabs<T>, one_thread_each(sums.slabs, sums.columns, 1), sums);
-    queue.run(sum_of_slabs<T>, one_thread_each(1, sums.columns, 1), sums);
+    queue.run(sum_slabs<T>, one_thread_each(sums.samples * sums.slabs, sums.columns, 1), sums);
+    queue.run(sum_of_slabs<T>, one_thread_each(sums.samples, sums.columns, 1), sums);
   }
 
-  // A weight's gradient (G * H, inputs).
+  // A weight's gradients (samples, G * H, inputs).
   struct WeightSum {
     void* data;
     ScalarKind dtype;
@@ -453,14 +464,21 @@ class BackwardPass {
 
   // `count` rows of a weight's gradient, from the gates' gradients at `column` and what the weight was multiplied with.
   void add_weights(Queue& queue, int d, const Entering& states, const WeightSum& sum, int64_t row, int64_t count, int64_t column, bool add) const {
-    const int64_t stride = 4 * int64_t{z_.hidden};
-    BatchedProduct product{z_.dtype, sum.dtype, 1, count, sum.inputs, states.steps.count() * z_.batch};
-    product.a = at(p_.grad_gates[d], (states.steps.begin - steps_[d].begin) * z_.batch * stride + column);
-    product.a_row_stride = 1, product.a_depth_stride = stride;
-    product.b = states.states, product.b_depth_stride = states.row_stride, product.b_column_stride = 1;
-    product.c = at(sum.data, row * sum.inputs, element_bytes(sum.dtype)), product.c_row_stride = sum.inputs;
-    product.add = add;
-    queue.multiply(product);
+    const int64_t stride = 4 * int64_t{z_.hidden}, first = (states.steps.begin - steps_[d].begin) * z_.batch * stride + column;
+    // Of one sample the rows of all steps are one matrix. Of several, those of the first sequence of each are, then those of the second, and so on.
+    const bool together = samples() == 1;
+    const int64_t row_step = together ? 1 : z_.batch, depth = states.steps.count() * (together ? z_.batch : 1);
+    for (int64_t n = 0; n < (together ? 1 : sample_rows()); ++n) {
+      BatchedProduct product{z_.dtype, sum.dtype, samples(), count, sum.inputs, depth};
+      product.a = at(p_.grad_gates[d], first + n * stride), product.a_batch_stride = sample_rows() * stride;
+      product.a_row_stride = 1, product.a_depth_stride = row_step * stride;
+      product.b = at(states.states, n * states.row_stride), product.b_batch_stride = sample_rows() * states.row_stride;
+      product.b_depth_stride = row_step * states.row_stride, product.b_column_stride = 1;
+      product.c = at(sum.data, row * sum.inputs, element_bytes(sum.dtype)), product.c_batch_stride = columns_ * sum.inputs;
+      product.c_row_stride = sum.inputs;
+      product.add = add || n > 0;
+      queue.multiply(product);
+    }
   }
 
   void add_hidden(Queue& queue, int d, const WeightSum& sum, int64_t row, int64_t count, int64_t column, bool first) const {
@@ -470,12 +488,13 @@ class BackwardPass {
       add = true;
     });
     const int64_t bytes = element_bytes(sum.dtype);
-    if (!add) queue.fill(at(sum.data, row * sum.inputs, bytes), 0, count * sum.inputs * bytes);
+    for (int64_t sample = 0; sample < samples() && !add; ++sample)
+      queue.fill(at(sum.data, (sample * columns_ + row) * sum.inputs, bytes), 0, count * sum.inputs * bytes);
   }
 
   template <class T>
   void round_result(Queue& queue, const WeightSum& sum, void* result) const {
-    const Rounding rounding{sum.data, result, columns_, static_cast<int>(sum.inputs)};
+    const Rounding rounding{sum.data, result, samples() * columns_, static_cast<int>(sum.inputs)};
     queue.run(round_all<T>, one_thread_each(rounding.rows, rounding.columns, 1), rounding);
   }
 

@@ -55,12 +55,14 @@ struct Products {
   void* context;
 };
 
-// The gradients that remain to be made from those of the pre-activations. Null: not wanted.
+// The gradients that remain to be made from those of the pre-activations. Null: not wanted. Those of weights are of each of S samples, equal parts of the
+// batch.
 struct LayerGradients {
+  int64_t samples;
   void* input;                      // (L, N, I)
-  void* weight_ih[max_directions];  // (G * H, I)
-  void* weight_hh[max_directions];  // (G * H, Hout)
-  void* bias[max_directions];       // (4 * H,): of the parts of grad_gates, summed
+  void* weight_ih[max_directions];  // (S, G * H, I)
+  void* weight_hh[max_directions];  // (S, G * H, Hout)
+  void* bias[max_directions];       // (S, 4 * H): of the parts of grad_gates, summed
 };
 
 struct BackwardLayer {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layer_cases import BOUNDARIES, CELLS, DTYPES, SHAPES, assert_right
 from operators import recurrence
 from simulator import SANITIZED, Library, sanitized_environment
-from test_ops import LOW_PRECISION, Case, cases
+from test_ops import LOW_PRECISION, Case, assert_gradients_of_samples, cases
 
 import hsm_kernels as hsm
 
@@ -49,6 +49,24 @@ def test_shapes(cell: str, shape: tuple[int, ...]) -> None:
 @given(data=st.data(), detach_every=st.integers(0, 4))
 def test_any_case(dtypes: list[torch.dtype], data: st.DataObject, detach_every: int) -> None:
     assert_right(replace(data.draw(cases(st.sampled_from(dtypes))), detach_every=detach_every))
+
+
+# In bfloat16 the product with an initial state would be rounded before others are added to it.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["no state, no bias", "all of them"])
+@pytest.mark.parametrize("cell, proj_size", CELLS)
+def test_gradients_of_samples(cell: str, proj_size: int, kind: str, dtype: torch.dtype) -> None:
+    """One of sequences each, or of several."""
+    case = Case(cell, batch=10, proj_size=proj_size, directions=2, dtype=dtype, **BOUNDARIES[kind])
+    for samples in (2, 10):
+        assert_gradients_of_samples(case, samples)
+        assert_gradients_of_samples(replace(case, steps=0), samples)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_many_samples(cell: str) -> None:
+    """So many that what is summed at once for a bias are several rows of a sample, and parts of steps."""
+    assert_gradients_of_samples(Case(cell, steps=15, batch=70, hidden=3), 35)
 
 
 @pytest.mark.parametrize("cell, proj_size", CELLS)

@@ -91,9 +91,9 @@ void CudaDevice::forward(ForwardParams& p) const {
 }
 
 LayerGradients CudaDevice::backward(BackwardParams& p, const BackwardTensors& t) const {
-  STD_TORCH_CHECK(t.samples <= 1, op_, ": gradients of weights are of all sequences together, not of each of ", t.samples, " samples");
   const LayerGradients results = empty_gradients(*this, p.sizes, t);
   cuda::BackwardLayer layer{p, t.input.const_data_ptr(), t.input.size(2)};
+  layer.gradients.samples = t.samples;
   layer.params.output = t.output.const_data_ptr();
   layer.params.h_0 = t.h_0 ? t.h_0->const_data_ptr() : nullptr;
   layer.entering = t.entering ? t.entering->const_data_ptr() : nullptr;
