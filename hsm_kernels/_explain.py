@@ -19,7 +19,8 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
     first layer's forward pass uses, where it packs the weights, and how many steps of the input it multiplies at once,
     all of which may differ without gradients; masks and lengths, which may change it too, are not looked at. On a GPU
     the variant is that of the first layer's forward recurrence, ``"step"``, ``"cluster"`` or ``"grid"``; the reason
-    says why, and with gradients also how the backward one runs. Others than ``"step"`` run only where the environment
+    says why, and with gradients also how the backward one runs; where masks or lengths are given, also to how many
+    slots segments are dealt. Others than ``"step"`` run only where the environment
     variable ``HSM_KERNELS_CUDA_VARIANT`` asks for them. Raises TypeError for another module, RuntimeError if
     :func:`set_backend` asked for a backend that cannot run it.
 
@@ -50,7 +51,10 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
         bool(getattr(rnn, "bidirectional", False)),
     )
     if plan.backend == "cuda":
-        return _explain_cuda(like, _first_weights(rnn, dtype, training)[1], kind, training)
+        given = {name for name, option in options.items() if option is not None}
+        if isinstance(input, PackedSequence):
+            given.add("lengths")
+        return _explain_cuda(like, _first_weights(rnn, dtype, training)[1], kind, training, given)
     instruction_set, numbers = torch.ops.hsm_kernels.explain_forward.default(
         like, *_first_weights(rnn, dtype, training), *kind, training
     )
@@ -58,10 +62,19 @@ def explain(rnn: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **op
     return Plan("cpu", name, f"{plan.reason}; {_describe(batch, steps, *numbers.tolist())}")
 
 
-def _explain_cuda(like: Tensor, weight_hh: Tensor, kind: tuple[bool, bool, bool], training: bool) -> Plan:
+#: The options that cut sequences, by whether it is the backward pass.
+_CUTS = {
+    False: {"reset_mask", "lengths"},
+    True: {"reset_mask", "lengths", "detach_mask", "truncated_bptt_steps"},
+}
+
+
+def _explain_cuda(
+    like: Tensor, weight_hh: Tensor, kind: tuple[bool, bool, bool], training: bool, given: set[str]
+) -> Plan:
     def words(backward: bool) -> str:
         found = torch.ops.hsm_kernels.explain_recurrence.default(
-            like, weight_hh, *kind, backward, _backend.allows_tf32(like)
+            like, weight_hh, *kind, backward, bool(given & _CUTS[backward]), _backend.allows_tf32(like)
         )
         return bytes(found.tolist()).decode()
 

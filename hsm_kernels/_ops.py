@@ -79,9 +79,10 @@ _EXPLAIN_SCHEMAS = {
     # csrc/common/params.h without the bytes.
     "explain_forward": "(Tensor input, Tensor weight_ih, Tensor weight_hh, bool is_lstm, bool projection, "
     "bool bidirectional, bool training) -> (Tensor instruction_set, Tensor numbers)",
-    # How the recurrence of one pass would run on a GPU, in words: "cluster: ...".
+    # How the recurrence of one pass would run on a GPU, in words: "cluster: ...". `cuts`: whether masks or lengths cut
+    # sequences in it.
     "explain_recurrence": "(Tensor input, Tensor weight_hh, bool is_lstm, bool projection, bool bidirectional, "
-    "bool backward, bool allow_tf32) -> Tensor words",
+    "bool backward, bool cuts, bool allow_tf32) -> Tensor words",
 }
 for _name, _schema in _EXPLAIN_SCHEMAS.items():
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]

@@ -194,7 +194,6 @@ class BackwardPass {
     plan_ = plan_recurrence(z_, PassKind::backward, cuts, setting);
     grid_ = grid_shape(z_, PassKind::backward, plan_);
     const bool steps = plan_.variant == Variant::step, lstm = z_.cell == CellKind::lstm;
-    deals_ = cuts && !steps;
     choose_chunks(limits);
     const int64_t chunk_rows = chunk_ * z_.batch, hidden = z_.hidden, out = z_.hidden_out;
     const int64_t rows = z_.directions * z_.batch, lanes = z_.directions * round_.lane_stride;
@@ -207,7 +206,7 @@ class BackwardPass {
     round_.from_h = arena.take_bytes(z_.projection ? lanes * hidden * wide_bytes_ : 0);
     round_.visits = {true, z_.steps, z_.batch};
     round_.visits.slots = plan_.all_slots;
-    if (deals_) scheduler_.reserve(arena, z_, plan_.all_slots, chunk_);
+    if (plan_.deals) scheduler_.reserve(arena, z_, plan_.all_slots, chunk_);
     const int64_t handed = adds_chunks() ? rows * wide_bytes_ : 0;
     handed_h_ = arena.take_bytes(handed * out), round_.left_h = arena.take_bytes(handed * out);
     handed_c_ = arena.take_bytes(lstm ? handed * hidden : 0), round_.left_c = arena.take_bytes(lstm ? handed * hidden : 0);
@@ -306,7 +305,7 @@ class BackwardPass {
     folds_ = plan_.variant == Variant::step && every > 0 && every < z_.steps && fitting >= 2 * every;
     const int64_t segments = folds_ ? (z_.steps + every - 1) / every : 1, together = folds_ ? between(1, fitting / every, segments) : 1;
     chunk_ = folds_ ? between(1, together * every, z_.steps) : between(1, fitting, z_.steps);
-    if (deals_) chunk_ = between(1, limits.schedule_bytes / Scheduler::bytes_of_step(z_, plan_.all_slots), chunk_);
+    if (plan_.deals) chunk_ = between(1, limits.schedule_bytes / Scheduler::bytes_of_step(z_, plan_.all_slots), chunk_);
     round_.segment_steps = folds_ ? every : chunk_;
     round_.lane_stride = together * z_.batch;
   }
@@ -324,7 +323,7 @@ class BackwardPass {
   // The rounds of a chunk, which are its positions [begin, end) in the order in which a direction goes.
   void run_persistent(Queue& queue, int64_t begin, int64_t end) {
     round_.visits.begin = begin, round_.visits.end = end;
-    if (deals_) scheduler_.make(queue, p_.boundaries, round_.visits);
+    if (plan_.deals) scheduler_.make(queue, p_.boundaries, round_.visits);
     // Behind the length of a sequence no slot runs.
     for (int d = 0; d < z_.directions && p_.boundaries.lengths; ++d)
       queue.fill(p_.grad_gates[d], 0, (end - begin) * z_.batch * 4 * z_.hidden * element_);
@@ -528,7 +527,6 @@ class BackwardPass {
   StackedWeights weight_hh_, weight_hr_;
   void *handed_h_, *handed_c_;              // from chunk to chunk
   void *reset_total_h_, *reset_total_c_;
-  bool deals_;  // segments to slots
   Scheduler scheduler_;
   size_t workspace_bytes_;
 };

@@ -80,16 +80,16 @@ HSM_KERNEL(block_threads) forward_projected(HSM_ARGUMENT ForwardRound s) {
 class ForwardPass {
  public:
   ForwardPass(const ForwardParams& params, const Setting& setting, const Limits& limits, void* workspace)
-      : z_(params.sizes), wide_(accumulator_kind(z_.dtype)), cuts_(params.boundaries.reset_mask || params.boundaries.lengths),
-        plan_(plan_recurrence(z_, PassKind::forward, cuts_, setting)), grid_(grid_shape(z_, PassKind::forward, plan_)) {
+      : z_(params.sizes), wide_(accumulator_kind(z_.dtype)),
+        plan_(plan_recurrence(z_, PassKind::forward, params.boundaries.reset_mask || params.boundaries.lengths, setting)),
+        grid_(grid_shape(z_, PassKind::forward, plan_)) {
     round_.params = params;
     columns_ = gate_columns(z_);
     const int64_t element = element_bytes(z_.dtype), wide = element_bytes(wide_), rows = z_.directions * z_.batch;
     const bool steps = plan_.variant == Variant::step, lstm = z_.cell == CellKind::lstm;
     const int64_t product_bytes = steps ? limits.input_product_bytes : limits.persistent_input_product_bytes;
     chunk_ = between(1, product_bytes / at_least_1(rows * columns_ * wide), z_.steps);
-    deals_ = cuts_ && !steps;
-    if (deals_) chunk_ = between(1, limits.schedule_bytes / Scheduler::bytes_of_step(z_, plan_.all_slots), chunk_);
+    if (plan_.deals) chunk_ = between(1, limits.schedule_bytes / Scheduler::bytes_of_step(z_, plan_.all_slots), chunk_);
     Arena arena(workspace);
     for (int d = 0; d < z_.directions; ++d) round_.input_product[d] = input_product_[d] = arena.take_bytes(chunk_ * z_.batch * columns_ * wide);
     round_.state_product = arena.take_bytes(steps ? rows * columns_ * wide : 0);
@@ -101,7 +101,7 @@ class ForwardPass {
     round_.slot_state = arena.take_bytes(grid ? z_.directions * plan_.all_slots * z_.hidden * wide : 0);
     round_.visits = {false, z_.steps, z_.batch};
     round_.visits.slots = plan_.all_slots;
-    if (deals_) scheduler_.reserve(arena, z_, plan_.all_slots, chunk_);
+    if (plan_.deals) scheduler_.reserve(arena, z_, plan_.all_slots, chunk_);
     round_.cell_output = arena.take_bytes(z_.projection ? rows * z_.hidden * element : 0);
     round_.projected = arena.take_bytes(z_.projection ? rows * z_.hidden_out * wide : 0);
     weight_hh_.reserve(arena, z_, steps ? columns_ * z_.hidden_out : 0);
@@ -120,7 +120,7 @@ class ForwardPass {
     weight_hh_.fill(queue, p.weights[0].weight_hh, p.weights[1].weight_hh);
     weight_hr_.fill(queue, p.weights[0].weight_hr, p.weights[1].weight_hr);
     queue.run(begin_forward<T>, one_thread_each(z_.batch, z_.hidden, z_.directions), round_);
-    if (deals_ && p.boundaries.lengths) clear_results(queue);
+    if (plan_.deals && p.boundaries.lengths) clear_results(queue);
     for (int64_t begin = 0; begin < z_.steps && queue.ok(); begin += chunk_) {
       const int64_t end = begin + chunk_ < z_.steps ? begin + chunk_ : z_.steps;
       for (int d = 0; d < z_.directions; ++d) project_input(queue, d, d ? z_.steps - end : begin, end - begin);
@@ -145,7 +145,7 @@ class ForwardPass {
   // Rounds [begin, end), whose input products are there.
   void run_persistent(Queue& queue, int64_t begin, int64_t end) {
     round_.visits.begin = begin, round_.visits.end = end;
-    if (deals_) scheduler_.make(queue, round_.params.boundaries, round_.visits);
+    if (plan_.deals) scheduler_.make(queue, round_.params.boundaries, round_.visits);
     queue.take([&](cudaStream_t stream) {
       return plan_.variant == Variant::cluster ? cluster_forward(round_, plan_, stream) : grid_forward(round_, grid_, exchange_, stream);
     });
@@ -188,12 +188,10 @@ class ForwardPass {
 
   const Sizes z_;
   const ScalarKind wide_;
-  const bool cuts_;  // at steps that the host does not know
   const Plan plan_;
   const GridShape grid_;
   ForwardRound round_{};
   int64_t columns_, chunk_;
-  bool deals_;  // segments to slots
   Scheduler scheduler_;
   void* input_product_[max_directions];
   void* exchange_;

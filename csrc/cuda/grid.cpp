@@ -51,7 +51,7 @@ Plan plan_grid(const Sizes& z, PassKind pass, bool cuts, Arithmetic arithmetic, 
         plan.slots = static_cast<int>(quotient_up(sequences, groups));
         if (cuts) plan.slots = static_cast<int>(quotient_up(plan.slots, grid_columns) * grid_columns);
         plan.all_slots = cuts ? int64_t{groups} * plan.slots : sequences;
-        plan.units = units, plan.directions = directions;
+        plan.deals = cuts, plan.units = units, plan.directions = directions;
         const GridShape shape = grid_shape(z, pass, plan);
         plan.shared_bytes = shape.shared_bytes;
         if (shape.shared_bytes > device.shared_bytes || int64_t{directions} * groups * plan.blocks > device.multiprocessors) continue;

@@ -63,6 +63,7 @@ Plan plan_cluster(const Sizes& z, PassKind pass, bool cuts, const Setting& setti
     const int64_t steps = z.steps * z.batch, most = std::min((steps + plan.slots - 1) / plan.slots, most_dealt_slots / plan.slots);
     const int64_t clusters = std::clamp<int64_t>(device.multiprocessors / (z.directions * plan.blocks), 1, most);
     plan.all_slots = cuts ? clusters * plan.slots : z.batch;
+    plan.deals = cuts;
     return plan;
   };
   std::optional<Plan> fewest;
@@ -124,7 +125,8 @@ Plan plan_recurrence(const Sizes& sizes, PassKind pass, bool cuts, const Setting
 std::string describe(const Plan& plan) {
   if (plan.variant == Variant::step) return std::string("step: ") + plan.reason;
   return std::string(name_of(plan.variant)) + ": as was asked for; " + std::to_string(plan.blocks) + " blocks share " +
-         std::to_string(plan.slots) + " sequences, each has " + std::to_string(plan.units) + " units";
+         std::to_string(plan.slots) + (plan.deals ? " of " + std::to_string(plan.all_slots) + " slots for segments" : " sequences") + ", each has " +
+         std::to_string(plan.units) + " units";
 }
 
 }  // namespace cuda

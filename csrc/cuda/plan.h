@@ -62,6 +62,7 @@ struct Plan {
   int directions = 0;  // that run together; grid
   int64_t shared_bytes = 0;
   int64_t all_slots = 0;     // of a direction
+  bool deals = false;        // segments to them
   const char* reason = "";   // for `step`
 };
 

@@ -65,7 +65,9 @@ def recurrence(
     """How that of a case would run, in words."""
     op = getattr(torch.ops, operators.ns).explain_recurrence
     kind = (case.cell == "LSTM", case.proj_size > 0, case.directions == 2)
-    return bytes(op(case.input, case.weights[0].weight_hh, *kind, backward, allow_tf32).tolist()).decode()
+    masks = (case.reset_mask, case.length, case.detach_mask if backward else None)
+    cuts = any(mask is not None for mask in masks)
+    return bytes(op(case.input, case.weights[0].weight_hh, *kind, backward, cuts, allow_tf32).tolist()).decode()
 
 
 @contextmanager

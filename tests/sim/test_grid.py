@@ -158,7 +158,8 @@ def test_plans_for_an_h200(
     explain = getattr(torch.ops, operators.ns).explain_recurrence
     wanted = PLANS[sizes]
     for backward in (False, True):
-        words = explain(like.expand(9, batch, 5), weight, cell == "LSTM", False, directions == 2, backward, False)
+        kind = (cell == "LSTM", False, directions == 2)
+        words = explain(like.expand(9, batch, 5), weight, *kind, backward, False, False)
         found = bytes(words.tolist()).decode()
         if wanted is None:
             assert found == "step: the multiprocessors have no room for the recurrent weights"

@@ -79,8 +79,8 @@ cuda::Setting CudaDevice::setting() const {
   return setting;
 }
 
-std::string CudaDevice::explain(const Sizes& sizes, cuda::PassKind pass) const {
-  return cuda::describe(cuda::plan_recurrence(sizes, pass, false, setting()));
+std::string CudaDevice::explain(const Sizes& sizes, cuda::PassKind pass, bool cuts) const {
+  return cuda::describe(cuda::plan_recurrence(sizes, pass, cuts, setting()));
 }
 
 void CudaDevice::forward(ForwardParams& p) const {

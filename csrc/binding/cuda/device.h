@@ -19,7 +19,7 @@ class CudaDevice {
 
   Tensor empty(const Shape& shape) const;
   // How the recurrence of a pass would run, in words: "cluster: ...".
-  std::string explain(const Sizes& sizes, cuda::PassKind pass) const;
+  std::string explain(const Sizes& sizes, cuda::PassKind pass, bool cuts) const;
   void forward(ForwardParams& p) const;
   LayerGradients backward(BackwardParams& p, const BackwardTensors& tensors) const;
 
