@@ -20,7 +20,7 @@ The native library adds CPU and CUDA kernels for the same operators; they win ov
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,7 +171,9 @@ def _gru_backward_fallback(
 
 def _by_direction(output: Any, directions: int) -> Any:
     """``(L, N, D * Hout)`` as ``(L, N, D, Hout)``; None stays None."""
-    return None if output is None else output.view(*output.shape[:2], directions, output.size(2) // directions)
+    if output is None or directions == 1:
+        return None if output is None else output.unsqueeze(2)
+    return output.view(*output.shape[:2], directions, output.size(2) // directions)
 
 
 # --------------------------------------------------------------------------------------------------------- fake kernels
@@ -482,6 +484,17 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a derivative may be asked for; inside a transform a tensor does not say whether it requires one."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    if any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return not torch.compiler.is_compiling() and transformed()
+
+
 _NOT_COMPILED = (
     f"{NAMESPACE}: torch.func.grad, vjp, jvp, what is made of them, and forward-mode differentiation are not supported "
     "inside torch.compile and torch.export; leave them outside, or compile a function whose backward() is called"
@@ -530,12 +543,8 @@ def below_autograd(op: Any) -> Any:
     return call
 
 
-def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any:
-    """``op``, called without the detour that a gradient registered in Python takes through the dispatcher.
-
-    The detour costs more than a short call, and ends before transforms. What runs and what is saved is the same.
-    torch.compile must see the operator. ``rule(call, info, in_dims, *arguments)`` is for vmap.
-    """
+def _function(op: Any, setup: Any, gradients: Any, returned: slice = slice(None)) -> Any:
+    """The :class:`torch.autograd.Function` of ``op``, or of some results of it, where no transform is active."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -543,14 +552,25 @@ def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*arguments)
             setup(ctx, arguments, output)
-            return output
+            return output[returned]
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return gradients(ctx, *grads)
 
+    return Function
+
+
+def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any:
+    """``op``, called without the detour that a gradient registered in Python takes through the dispatcher.
+
+    The detour costs more than a short call, and ends before transforms. What runs and what is saved is the same.
+    torch.compile must see the operator. ``rule(call, info, in_dims, *arguments)`` is for vmap.
+    """
+    function = _function(op, setup, gradients)
+
     # What transforms need costs every call some fifty microseconds.
-    class TransformedFunction(Function):
+    class TransformedFunction(function):  # type: ignore[misc, valid-type]
         @staticmethod
         def forward(*arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
@@ -575,9 +595,9 @@ def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any
             return op(*arguments)
         try:
             if transformed():
-                return TransformedFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+                return TransformedFunction.apply(*arguments)
             if differentiable:
-                return Function.apply(*arguments)  # type: ignore[no-untyped-call]
+                return function.apply(*arguments)
             return without_gradients(*arguments)
         except RuntimeError as error:
             # What torch's own operators raise. It is one of Python, and a library can raise none.
@@ -588,6 +608,53 @@ def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any
     without_gradients = below_autograd(op)
     torch.library.register_vmap(op, partial(rule, op), lib=_library)
     return call
+
+
+def _plain(op: Any, setup: Any, gradients: Any, returned: slice = slice(None)) -> Any:
+    """``op``, called where no transform is active; its last argument, ``training``, says if a gradient is needed."""
+    function, without_gradients = _function(op, setup, gradients, returned), below_autograd(op)
+
+    def call(*arguments: Any) -> Any:
+        return function.apply(*arguments) if arguments[-1] else without_gradients(*arguments)[returned]
+
+    return call
+
+
+class _Context(NamedTuple):
+    """What the gradients of a forward operator read of a context."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+    hints: tuple[int, bool]
+
+
+def _step(op: Any, setup: Any, gradients: Any, states: int, absent: tuple[Any, ...]) -> tuple[Any, Any, Any, slice]:
+    """A forward operator, its setup and its gradients for a cell: input ``(N, I)``, states ``(N, H)``, weights, flag.
+
+    ``absent`` are the operator's arguments before ``training`` that are left out: each that is passed takes time. So do
+    nodes of the graph, of which those for the dimensions of steps and directions are spared.
+    """
+    inner = 1 + states
+
+    def batched(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        return [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
+
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = op(*batched(arguments[:inner]), *arguments[inner:-1], *absent, arguments[-1])
+        for state in results[1:inner]:
+            state.squeeze_(0)  # a view could not be edited in place
+        return results
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        setup(ctx, (*inputs[:-1], *absent, inputs[-1]), output)
+
+    def gradients_of_step(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        context = _Context((*batched(saved[:inner]), *saved[inner:]), needs + (False,) * len(absent), ctx.hints)
+        found = gradients(context, None, *batched(grads[:states]), *grads[states:], None)
+        return *(None if grad is None else grad.squeeze(0) for grad in found[:inner]), *found[inner : len(needs)]
+
+    return run, set_up, gradients_of_step, slice(1, -1)
 
 
 _lstm_forward = _eager(
@@ -620,11 +687,6 @@ _gru_backward = _eager(
 )
 
 
-#: For calls of which nothing can want a gradient, and that no transform sees.
-plain_lstm_forward = below_autograd(torch.ops.hsm_kernels.lstm_forward.default)
-plain_gru_forward = below_autograd(torch.ops.hsm_kernels.gru_forward.default)
-
-
 def lstm_forward(*arguments: Any) -> Any:
     """The operator; the last argument, ``training``, says whether a gradient is needed."""
     return _lstm_forward(*arguments, differentiable=arguments[-1])
@@ -633,3 +695,16 @@ def lstm_forward(*arguments: Any) -> Any:
 def gru_forward(*arguments: Any) -> Any:
     """The operator; the last argument, ``training``, says whether a gradient is needed."""
     return _gru_forward(*arguments, differentiable=arguments[-1])
+
+
+_LSTM = (torch.ops.hsm_kernels.lstm_forward.default, _lstm_setup, _lstm_gradients)
+_GRU = (torch.ops.hsm_kernels.gru_forward.default, _gru_setup, _gru_gradients)
+
+#: The operators, for calls that no transform sees.
+plain_lstm_forward = _plain(*_LSTM)
+plain_gru_forward = _plain(*_GRU)
+
+#: ``(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, training)`` -> output, h, c, and what training needs.
+plain_lstm_step = _plain(*_step(*_LSTM, 2, (None,) * 11 + (0, False, False, False)))
+#: ``(input, h, weight_ih, weight_hh, bias_ih, bias_hh, training)`` -> output, h, and what training needs.
+plain_gru_step = _plain(*_step(*_GRU, 1, (None,) * 8 + (0, False, False)))

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import _backend, _ops, reference
@@ -309,7 +308,7 @@ def _lstm_op_layer(
 ) -> _LayerResult:
     h_0, c_0 = state or (None, None)
     reset_h, reset_c = reset_state or (None, None)
-    training = _needs_gradient(input, h_0, c_0, *weights[0], *weights[-1], reset_h, reset_c)
+    training = _ops.needs_gradient(*weights[0], *weights[-1], input, h_0, c_0, reset_h, reset_c)
     weights = _op_weights(weights, input, training)
     reverse = weights[1] if len(weights) == 2 else (None,) * 5
     output, h_n, c_n, c_states, _ = _ops.lstm_forward(
@@ -333,7 +332,7 @@ def _gru_op_layer(
         None if state is None else state[0],
         None if reset_state is None else reset_state[0],
     )
-    training = _needs_gradient(input, h_0, *weights[0], *weights[-1], reset_h)
+    training = _ops.needs_gradient(*weights[0], *weights[-1], input, h_0, reset_h)
     weights = _op_weights(weights, input, training)
     reverse = weights[1][:4] if len(weights) == 2 else (None,) * 4
     output, h_n, _ = _ops.gru_forward(
@@ -406,16 +405,6 @@ class _Kind(NamedTuple):
 
 _LSTM = _Kind("LSTM", 4, _lstm_op_layer, _lstm_reference_layer)
 _GRU = _Kind("GRU", 3, _gru_op_layer, _gru_reference_layer)
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a derivative may be asked for; inside a transform a tensor does not say whether it requires one."""
-    if forward_ad._current_level >= 0:
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    transformed = not torch.compiler.is_compiling() and _ops.transformed()
-    return transformed or any(t is not None and t.requires_grad for t in tensors)
 
 
 def _op_weights(weights: list[Weights], input: Tensor, training: bool) -> list[Weights]:

@@ -49,17 +49,23 @@ class _RNN(nn.RNNBase):
             raise RuntimeError(msg.format(expected_hidden_size, list(hx.size())))
 
     def _weights_have_changed(self) -> bool:
-        """Whether ``_flat_weights`` is out of date.
+        """Whether ``_flat_weights`` is out of date."""
+        if self._weights_are_the_parameters():
+            return False
+        return bool(super()._weights_have_changed())  # type: ignore[no-untyped-call]
 
-        Plain parameters are compared without the attribute look-ups of torch.nn, which take longer than a short call.
-        Whatever else stands in for a parameter is left to torch.nn: reading it may have effects.
+    def _weights_are_the_parameters(self) -> bool:
+        """Whether ``_flat_weights`` is up to date, and all of it parameters.
+
+        They are compared without the attribute look-ups of torch.nn, which take longer than a short call. Whatever
+        else stands in for a parameter is left to torch.nn: reading it may have effects.
         """
         parameters = self._parameters
         for reference, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
             weight = None if reference is None else reference()
             if weight is None or weight is not parameters.get(name):
-                return bool(super()._weights_have_changed())  # type: ignore[no-untyped-call]
-        return False
+                return False
+        return True
 
     def _weights(self) -> list[Weights]:
         """The parameters as they are now, one entry per layer and direction."""
@@ -104,7 +110,7 @@ class _RNN(nn.RNNBase):
             not return_states and reset_mask is None and reset_hx is None and detach_mask is None
             and truncated_bptt_steps is None and lengths is None
         ):  # fmt: skip
-            found = self._run_plain(input, hx)
+            found = self._run_plain(input, hx, recompute)
             if found is not None:
                 return found
         options = {
@@ -117,23 +123,26 @@ class _RNN(nn.RNNBase):
             "recompute": recompute,
         }
         result = self._run(input, hx, options)
-        if hasattr(self._flat_weights[0], "_forward_counter"):  # Opacus watches this module
+        if self._is_watched_by_opacus():
             _refuse_what_opacus_does_not_see(self.mode, options, result[1])
         return result
 
-    def _run_plain(self, input: Any, hx: Any) -> Any:
+    def _is_watched_by_opacus(self) -> bool:
+        return hasattr(self._flat_weights[0], "_forward_counter")
+
+    def _run_plain(self, input: Any, hx: Any, recompute: bool) -> Any:
         """The result of a plain call of the only layer; None for any other call."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return None
         if self.num_layers != 1 or not isinstance(input, Tensor) or input.dim() != 3:
             return None
-        parameters = self._parameters
-        try:
-            flat = [parameters[name] for name in self._flat_weights_names]
-        except KeyError:  # reading what stands in for a parameter may have effects
+        if self.weight_dtype is not None and torch.is_grad_enabled():  # weights that may have to be widened
             return None
+        if not self._weights_are_the_parameters() or (torch.is_grad_enabled() and self._is_watched_by_opacus()):
+            return None
+        flat = self._flat_weights
         directions = [flat] if len(flat) == 4 and self.bias else self._by_direction(flat)
-        found = self._plain(input.transpose(0, 1) if self.batch_first else input, hx, directions)
+        found = self._plain(input.transpose(0, 1) if self.batch_first else input, hx, directions, recompute)
         if found is None or not self.batch_first:
             return found
         return found[0].transpose(0, 1), found[1]
@@ -313,6 +322,7 @@ class _Cell(nn.RNNCellBase):
     weight_dtype: torch.dtype | None = None  #: as in LSTM and GRU
 
     _is_lstm: bool
+    _plain: Any  #: what runs a plain step: _plain.lstm_cell or _plain.gru_cell
 
     def __init__(
         self,
@@ -330,6 +340,10 @@ class _Cell(nn.RNNCellBase):
 
     def _step(self, function: Any, input: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """Check ``input`` and ``state``, give them a batch if they have none, and run ``function``."""
+        batched = input.dim() == 2
+        new = self._run_plain(input, state) if batched else None
+        if new is not None:
+            return new
         who = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{who}: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -337,30 +351,25 @@ class _Cell(nn.RNNCellBase):
             if part.dim() not in (1, 2):
                 label = f"hx[{k}]" if self._is_lstm else "hidden"
                 raise ValueError(f"{who}: Expected {label} to be 1D or 2D, got {part.dim()}D instead")
-        batched = input.dim() == 2
         if not batched:
             input, state = input.unsqueeze(0), None if state is None else tuple(part.unsqueeze(0) for part in state)
         self._check(input, state or ())
-        new = self._run_plain(input, state)
+        if not batched:
+            new = self._run_plain(input, state)
         if new is None:
             new = function(input, state, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         return new if batched else tuple(part.squeeze(0) for part in new)
 
     def _run_plain(self, input: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
         """The new state of a plain call; None for any other call."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or (self.weight_dtype is not None and torch.is_grad_enabled()):
             return None
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         try:
-            weights = Weights(*(self._parameters[name] for name in names))  # type: ignore[arg-type]
+            weights = [self._parameters[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         except KeyError:  # reading what stands in for a parameter may have effects
             return None
-        steps = None if state is None else tuple(part.unsqueeze(0) for part in state)
-        if self._is_lstm:
-            found = _plain.lstm(input.unsqueeze(0), steps, [weights])
-            return None if found is None else (found[1][0][0], found[1][1][0])
-        found_h = _plain.gru(input.unsqueeze(0), None if steps is None else steps[0], [weights])
-        return None if found_h is None else (found_h[1][0],)
+        found: tuple[Tensor, ...] | None = self._plain(input, state, weights)
+        return found
 
     def _check(self, input: Tensor, state: tuple[Tensor, ...]) -> None:
         if input.size(1) != self.input_size:
@@ -391,6 +400,7 @@ class LSTMCell(_Cell):
     """
 
     _is_lstm = True
+    _plain = staticmethod(_plain.lstm_cell)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: ``input`` ``(N, I)`` or ``(I,)``, ``hx`` ``(h, c)`` of ``(N, H)`` or ``(H,)`` -> the new pair.
@@ -415,6 +425,7 @@ class GRUCell(_Cell):
     """
 
     _is_lstm = False
+    _plain = staticmethod(_plain.gru_cell)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: ``input`` ``(N, I)`` or ``(I,)``, ``hx`` ``(N, H)`` or ``(H,)`` -> the new ``h``.

@@ -1,9 +1,12 @@
 """Plain calls, which go straight to the operator: they give what the long way gives, and no other call goes there."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from rnn_helpers import STEP_CELLS, tensors
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -22,15 +25,42 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture
-def long_way_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def closed_long_way() -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the long way was taken")
 
-    for cell in (hsm.LSTM, hsm.GRU):
-        monkeypatch.setattr(cell, "_function", staticmethod(refuse))
-    for name in ("lstm_cell", "gru_cell"):
-        monkeypatch.setattr(functional, name, refuse)
+    with pytest.MonkeyPatch.context() as patch:
+        for cell in (hsm.LSTM, hsm.GRU):
+            patch.setattr(cell, "_function", staticmethod(refuse))
+        for name in ("lstm_cell", "gru_cell"):
+            patch.setattr(functional, name, refuse)
+        yield
+
+
+@pytest.fixture
+def long_way_is_closed() -> Iterator[None]:
+    with closed_long_way():
+        yield
+
+
+def by_the_long_way(module: Any, input: Tensor, hx: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(module), "_run_plain", lambda *_: None)
+        return module(input, hx)
+
+
+def by_the_short_way(module: nn.Module, input: Tensor, hx: Any) -> Any:
+    with closed_long_way():
+        return module(input, hx)
+
+
+def results_and_gradients(call: Callable[..., Any], module: nn.Module, input: Tensor, hx: Any) -> list[Tensor]:
+    """What ``call(module, input, hx)`` returns, and the gradients of the input, the state and all parameters."""
+    input, *state = (part.clone().requires_grad_() for part in tensors([input, hx]))
+    results = tensors(call(module, input, None if hx is None else tuple(state) if isinstance(hx, tuple) else state[0]))
+    given = [torch.arange(result.numel()).view_as(result).cos() for result in results]
+    return [*results, *torch.autograd.grad(results, [input, *state, *module.parameters()], given)]
 
 
 def make(cell: str, options: dict[str, Any]) -> tuple[nn.Module, Tensor, Any]:
@@ -52,9 +82,9 @@ def as_tuple(state: Any) -> tuple[Tensor, ...]:
 def test_same_bits_as_the_long_way(cell: str, options: dict[str, Any]) -> None:
     module, input, state = make(cell, options)
     for hx in (None, state):
-        wanted = module(input, hx)  # with gradients
+        wanted = by_the_long_way(module, input, hx)
         with torch.no_grad():
-            found = module(input, hx)
+            found = by_the_short_way(module, input, hx)
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
         assert [t.stride() for t in (found[0], *as_tuple(found[1]))] == [
             t.stride() for t in (wanted[0], *as_tuple(wanted[1]))
@@ -63,23 +93,79 @@ def test_same_bits_as_the_long_way(cell: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-def test_plain_calls_are_short(cell: str, options: dict[str, Any], long_way_is_closed: None) -> None:
-    with torch.inference_mode():
-        module, input, state = make(cell, options)
-        module(input, state)
+def test_same_gradients_as_the_long_way(cell: str, options: dict[str, Any]) -> None:
+    module, input, state = make(cell, options)
+    for hx in (None, state):
+        found, wanted = (results_and_gradients(way, module, input, hx) for way in (by_the_short_way, by_the_long_way))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell"])
-def test_cells(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, input = getattr(hsm, cell)(4, 6), torch.randn(3, 4)
+def make_cell(cell: str, **options: Any) -> tuple[nn.Module, Tensor, Any]:
+    """A cell, an input, and a state that fits."""
     state = tuple(torch.randn(3, 6) for _ in range(2 if cell == "LSTMCell" else 1))
-    for hx in (None, state if cell == "LSTMCell" else state[0]):
-        wanted = module(input, hx)
-        for name in ("lstm_cell", "gru_cell"):
-            monkeypatch.setattr(functional, name, None)
+    return getattr(hsm, cell)(4, 6, **options), torch.randn(3, 4), state if cell == "LSTMCell" else state[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cell", STEP_CELLS)
+def test_cells(cell: str, bias: bool) -> None:
+    module, input, state = make_cell(cell, bias=bias)
+    for hx in (None, state):
+        found, wanted = (results_and_gradients(way, module, input, hx) for way in (by_the_short_way, by_the_long_way))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
         with torch.no_grad():
-            torch.testing.assert_close(module(input, hx), wanted, rtol=0, atol=0)
-        monkeypatch.undo()
+            results = tensors(by_the_short_way(module, input, hx))
+        torch.testing.assert_close(results, found[: len(results)], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", STEP_CELLS)
+def test_a_step_is_one_node_of_the_graph(cell: str) -> None:
+    """Each node, and each view below it, takes as long as a tenth of the step."""
+    module, input, hx = make_cell(cell)
+    leaves = [part.requires_grad_() for part in (input, *as_tuple(hx))]
+    for result in tensors(module(input, hx)):
+        assert result._base is None
+        below = [node for node, _ in result.grad_fn.next_functions if node is not None]  # type: ignore[union-attr]
+        assert {node.variable for node in below} == {*leaves, *module.parameters()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("cell", STEP_CELLS)
+def test_gradients_of_only_some(cell: str) -> None:
+    """Those of a state alone, of a result alone, and of a frozen module."""
+    module, input, state = make_cell(cell)
+    module.requires_grad_(False)
+    for k in range(len(as_tuple(state))):
+        grads = []
+        for way in (by_the_short_way, by_the_long_way):
+            parts = [part.clone().requires_grad_(j == k) for j, part in enumerate(as_tuple(state))]
+            hx = tuple(parts) if cell == "LSTMCell" else parts[0]
+            result = tensors(way(module, input, hx))[-1]
+            assert result.requires_grad
+            grads += torch.autograd.grad(result.sum(), parts[k])
+        torch.testing.assert_close(*grads, rtol=0, atol=0)
+    assert not any(result.requires_grad for result in tensors(by_the_short_way(module, input, state)))
+
+
+@pytest.mark.parametrize("cell", STEP_CELLS)
+def test_cells_have_second_gradients(cell: str) -> None:
+    module, input, state = make_cell(cell, dtype=torch.float64)
+    state = tuple(part.double().requires_grad_() for part in as_tuple(state))
+
+    def step(input: Tensor, *state: Tensor) -> Any:
+        return by_the_short_way(module, input, state if cell == "LSTMCell" else state[0])
+
+    torch.autograd.gradgradcheck(step, (input.double().requires_grad_(), *state))
+
+
+@pytest.mark.parametrize("cell", STEP_CELLS)
+def test_batched_gradients_of_cells(cell: str) -> None:
+    module, input, state = make_cell(cell)
+    input.requires_grad_()
+    result = tensors(by_the_short_way(module, input, state))[0]
+    given = torch.randn(5, *result.shape)
+    (found,) = torch.autograd.grad(result, input, given, is_grads_batched=True, retain_graph=True)
+    wanted = [torch.autograd.grad(result, input, grad, retain_graph=True)[0] for grad in given]
+    torch.testing.assert_close(found, torch.stack(wanted))
 
 
 UNUSUAL = {
@@ -96,9 +182,20 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.parametrize("cell", ["LSTM", *STEP_CELLS])
+def test_weights_to_be_widened_go_the_long_way_with_gradients(cell: str, long_way_is_closed: None) -> None:
+    module = getattr(hsm, cell)(4, 6, weight_dtype=torch.bfloat16)
+    input = torch.randn(2, 4) if cell in STEP_CELLS else torch.randn(5, 2, 4)
+    with pytest.raises(AssertionError, match="long way"):
+        module(input)
+    with torch.no_grad():
+        module(input)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("what", UNUSUAL)
-def test_other_calls_go_the_long_way(what: str, long_way_is_closed: None) -> None:
-    with torch.no_grad(), pytest.raises(AssertionError, match="long way"):
+def test_other_calls_go_the_long_way(what: str, context: Any, long_way_is_closed: None) -> None:
+    with context(), pytest.raises(AssertionError, match="long way"):
         UNUSUAL[what]()
 
 
