@@ -11,7 +11,7 @@ the lengths. Backward operators return the gradients of the input and states, th
 ``weight_ih``, of ``weight_hh``, and of the pre-activations summed over steps and sequences, ``(4 * H,)``, in GRU r, z
 and the input and hidden half of n; with a projection also that of every step's ``h``, ``grad_h`` ``(L, N, D, Hout)``.
 ``samples`` = 0 leaves the gradients of weights out, 1 sums them over all sequences, k > 1 over each of k equal parts of
-the sequences, in order: ``(k, ..)``; the CUDA kernels take no k > 1.
+the sequences, in order: ``(k, ..)``.
 ``product`` is ``a @ b``, by a kernel of our own where that is faster than torch's. ``detach_every`` = k says that
 ``detach_mask`` holds for every sequence at steps k, 2k, ..., which a GPU cannot know without reading the mask back; 0
 says nothing. ``allow_tf32`` allows TF32 in products of float32; the CPU has none.
