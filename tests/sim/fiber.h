@@ -63,13 +63,22 @@ class StackPool {
   void give_back(char* stack) {
     ASAN_UNPOISON_MEMORY_REGION(stack, bytes);  // frames that were abandoned never did
     if (free_.size() < most_kept) return free_.push_back(stack);
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    munmap(stack - page, page + bytes);
+    unmap(stack);
+  }
+
+  // Those that nobody has: a process may have some ten thousand mappings, and many simulators.
+  void release() {
+    for (char* stack : free_) unmap(stack);
+    free_.clear();
   }
 
  private:
-  // A process may have some ten thousand mappings, and many simulators.
   static constexpr size_t most_kept = 512;
+
+  static void unmap(char* stack) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    munmap(stack - page, page + bytes);
+  }
 
   std::vector<char*> free_;
 };

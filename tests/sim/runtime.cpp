@@ -721,5 +721,9 @@ void store_async(void* destination, const void* value, size_t bytes, void* barri
 
 SIM_EXPORT void sim_set_seed(uint64_t seed) { sim::set_seed(seed); }
 SIM_EXPORT void sim_fail_launch(int status) { sim::next_failure = status; }
+SIM_EXPORT void sim_release_stacks() {
+  const std::lock_guard<std::mutex> lock(sim::one_launch);
+  sim::stacks.release();
+}
 SIM_EXPORT int sim_launches() { return sim::launches; }
 SIM_EXPORT const char* sim_last_error() { return sim::last_error().c_str(); }

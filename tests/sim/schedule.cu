@@ -34,8 +34,10 @@ struct Call {
 SIM_EXPORT int schedule_make(int steps, int batch, int directions, int slots, int begin, int end, bool backward, const bool* reset, const bool* detach,
                              const int64_t* lengths, int room, Visit* visits, int32_t* rounds) {
   Call call(steps, batch, directions, slots);
-  std::vector<char> memory(call.reserve(nullptr, end - begin), '\xff');
-  call.reserve(memory.data(), end - begin);
+  // Where a fault is planted, kernels may write beside what they should.
+  const size_t bytes = call.reserve(nullptr, end - begin), margin = bytes + (1 << 20);
+  std::vector<char> memory(margin + bytes + margin, '\xff');
+  call.reserve(memory.data() + margin / 64 * 64, end - begin);
   Boundaries boundaries{};
   boundaries.reset_mask = reset, boundaries.reset_step_stride = batch, boundaries.reset_batch_stride = 1;
   boundaries.detach_mask = detach, boundaries.detach_step_stride = batch, boundaries.detach_batch_stride = 1;

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -93,6 +94,7 @@ class Library:
         self.path = path
         self._library = ctypes.CDLL(str(path))
         self._library.sim_last_error.restype = ctypes.c_char_p
+        weakref.finalize(self, self._library.sim_release_stacks)
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._library, name)
