@@ -15,12 +15,15 @@ the sequences, in order: ``(k, ..)``.
 ``product`` is ``a @ b``, by a kernel of our own where that is faster than torch's. ``detach_every`` = k says that
 ``detach_mask`` holds for every sequence at steps k, 2k, ..., which a GPU cannot know without reading the mask back; 0
 says nothing. ``allow_tf32`` allows TF32 in products of float32; the CPU has none.
+A call for one step of one direction may leave these dimensions out: ``input`` and its gradient are ``(N, I)`` then,
+``h_0``, ``c_0``, ``h_n``, ``c_n`` and theirs ``(N, X)``. vmap takes no such calls.
 
 The native library adds CPU and CUDA kernels for the same operators; they win over the fallback by dispatch.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -95,9 +98,31 @@ def _directions(arguments: tuple[Tensor | None, ...]) -> list[Weights]:
     return [Weights(*group) for group in groups]  # type: ignore[arg-type]
 
 
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+
+def _of_one_step_too(
+    input: int, others: tuple[int, ...], results: tuple[int, ...]
+) -> Callable[[_Kernel], _Kernel]:
+    """Makes a fallback or fake kernel take calls too whose ``input`` is ``(N, I)``; arguments are given by position."""
+
+    def decorate(kernel: _Kernel) -> _Kernel:
+        def call(*arguments: Any) -> Any:
+            if arguments[input].dim() != 2:
+                return kernel(*arguments)
+            given = [a.unsqueeze(0) if a is not None and k in (input, *others) else a for k, a in enumerate(arguments)]
+            found = kernel(*given)
+            return tuple(r.squeeze(0) if k in results and r.dim() == 3 else r for k, r in enumerate(found))
+
+        return cast(_Kernel, call)
+
+    return decorate
+
+
 # ---------------------------------------------------------------------------------------------------- fallback kernels
 
 
+@_of_one_step_too(0, (1, 2), (1, 2))
 def _lstm_forward_fallback(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
     weights, (reset_mask, reset_h, reset_c, _, lengths, _, _, return_states, recompute, training) = (
         _directions(rest[:10]),
@@ -109,11 +134,13 @@ def _lstm_forward_fallback(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tup
     )  # fmt: skip
 
 
+@_of_one_step_too(0, (1,), (1,))
 def _gru_forward_fallback(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]:
     weights, (reset_mask, reset_h, _, lengths, _, _, recompute, training) = _directions(rest[:8]), rest[8:]
     return _fallback.gru_forward(input, h_0, weights, reset_mask, reset_h, lengths, training and not recompute)
 
 
+@_of_one_step_too(4, (1, 2, 5, 6), (0, 2, 3))
 def _lstm_backward_fallback(
     grad_output: Any,
     grad_h_n: Any,
@@ -144,6 +171,7 @@ def _lstm_backward_fallback(
     return (grad_input, of_h, *initial, *resets, *of_weights)
 
 
+@_of_one_step_too(2, (1, 3), (0, 1))
 def _gru_backward_fallback(
     grad_output: Any,
     grad_h_n: Any,
@@ -171,14 +199,13 @@ def _gru_backward_fallback(
 
 def _by_direction(output: Any, directions: int) -> Any:
     """``(L, N, D * Hout)`` as ``(L, N, D, Hout)``; None stays None."""
-    if output is None or directions == 1:
-        return None if output is None else output.unsqueeze(2)
-    return output.view(*output.shape[:2], directions, output.size(2) // directions)
+    return None if output is None else output.view(*output.shape[:2], directions, output.size(2) // directions)
 
 
 # --------------------------------------------------------------------------------------------------------- fake kernels
 
 
+@_of_one_step_too(0, (1, 2), (1, 2))
 def _lstm_forward_fake(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[Tensor, ...]:
     weights, (return_states, recompute, training) = _directions(rest[:10]), rest[-3:]
     (steps, batch, _), directions = input.shape, len(weights)
@@ -194,6 +221,7 @@ def _lstm_forward_fake(input: Tensor, h_0: Any, c_0: Any, *rest: Any) -> tuple[T
     )
 
 
+@_of_one_step_too(0, (1,), (1,))
 def _gru_forward_fake(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]:
     weights, (recompute, training) = _directions(rest[:8]), rest[-2:]
     (steps, batch, _), directions, hidden = input.shape, len(weights), weights[0].weight_hh.size(1)
@@ -204,6 +232,7 @@ def _gru_forward_fake(input: Tensor, h_0: Any, *rest: Any) -> tuple[Tensor, ...]
     )
 
 
+@_of_one_step_too(4, (1, 2, 5, 6), (0, 2, 3))
 def _lstm_backward_fake(
     grad_output: Any,
     grad_h_n: Any,
@@ -232,6 +261,7 @@ def _lstm_backward_fake(
     )
 
 
+@_of_one_step_too(2, (1, 3), (0, 1))
 def _gru_backward_fake(
     grad_output: Any, grad_h_n: Any, input: Tensor, h_0: Any, output: Tensor, gates: Any, entering: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -285,15 +315,18 @@ def _lstm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _lstm_gradients(
     ctx: Any, grad_output: Any, grad_h_n: Any, grad_c_n: Any, grad_c_states: Any, _: Any
 ) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad
     grads = (grad_output, grad_h_n, grad_c_n, grad_c_states)
-    layer = _lstm_after_forward(saved)
-    if forward_ad._current_level >= 0:  # the operators have no rule for it, their fallback's operations have
-        return _step_by_step(ctx, layer, (grad_output, grad_c_states), grads[1:3])
-    h_0, c_0 = layer.initial
-    reset_mask, _, reset_c, detach_mask, lengths, output, c_states, _ = saved[13:]
-    weights, needs = layer.weights, ctx.needs_input_grad
-    gates, input, entering = _backward_operands(layer, output, lstm_gates)
+    input, h_0, c_0, *weights = saved[:13]
+    reset_mask, _, reset_c, detach_mask, lengths, output, c_states, gates = saved[13:]
+    layer, entering = None, None
+    if not _is_plain(gates, reset_mask, lengths, weights[4]):
+        if input.dim() == 2:
+            return _with_all_dimensions(_lstm_gradients, ctx, 2, (*grads, None))
+        layer = _lstm_after_forward(saved)
+        if forward_ad._current_level >= 0:  # the operators have no rule for it, their fallback's operations have
+            return _step_by_step(ctx, layer, (grad_output, grad_c_states), grads[1:3])
+        gates, input, entering = _backward_operands(layer, output, lstm_gates)
     grad_input, grad_h, grad_h_0, grad_c_0, grad_reset_h, grad_reset_c, *found = (
         _lstm_backward(
             *grads, input, h_0, c_0, output, c_states, gates, entering, *saved[3:13], reset_mask, reset_c, detach_mask,
@@ -301,10 +334,10 @@ def _lstm_gradients(
         )
     )  # fmt: skip
     grad_weights: list[Tensor | None] = [None] * 10
-    for d, w in enumerate(weights):
+    for d in range(_count(weights)):
         asked, (grad_ih, grad_hh, grad_bias) = needs[3 + 5 * d : 8 + 5 * d], found[3 * d : 3 * d + 3]
         biases = (grad_bias, grad_bias.clone() if asked[2] and asked[3] else grad_bias)
-        grad_hr = _projection_gradient(grad_h, gates, layer, d) if w.weight_hr is not None and asked[4] else None
+        grad_hr = _projection_gradient(grad_h, gates, layer, d) if layer is not None and asked[4] else None
         grad_weights[5 * d : 5 * d + 5] = _asked(asked, grad_ih, grad_hh, *biases, grad_hr)
     has_resets = reset_c is not None
     return (
@@ -323,22 +356,25 @@ def _gru_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad
     grads = (grad_output, grad_h_n)
-    layer = _gru_after_forward(saved)
-    if forward_ad._current_level >= 0:
-        return _step_by_step(ctx, layer, (grad_output,), (grad_h_n,))
-    (h_0,) = layer.initial
-    reset_mask, reset_h, detach_mask, lengths, output, _ = saved[10:]
-    weights, needs = layer.weights, ctx.needs_input_grad
-    gates, input, entering = _backward_operands(layer, output, gru_gates)
+    input, h_0, *weights = saved[:10]
+    reset_mask, reset_h, detach_mask, lengths, output, gates = saved[10:]
+    entering = None
+    if not _is_plain(gates, reset_mask, lengths):
+        if input.dim() == 2:
+            return _with_all_dimensions(_gru_gradients, ctx, 1, (*grads, None))
+        layer = _gru_after_forward(saved)
+        if forward_ad._current_level >= 0:
+            return _step_by_step(ctx, layer, (grad_output,), (grad_h_n,))
+        gates, input, entering = _backward_operands(layer, output, gru_gates)
     grad_input, grad_h_0, grad_reset_h, *found = _gru_backward(
         *grads, input, h_0, output, gates, entering, *saved[2:10], reset_mask, reset_h, detach_mask, lengths,
         *ctx.hints, needs[0], int(any(needs[2:10])), differentiable=torch.is_grad_enabled(),
     )  # fmt: skip
-    hidden = weights[0].weight_hh.size(1)
+    hidden = weights[1].size(1)
     grad_weights: list[Tensor | None] = [None] * 8
-    for d in range(len(weights)):
+    for d in range(_count(weights)):
         asked, (grad_ih, grad_hh, sums) = needs[2 + 4 * d : 6 + 4 * d], found[3 * d : 3 * d + 3]
         grad_bias_hh = torch.cat([sums[: 2 * hidden], sums[3 * hidden :]]) if asked[3] else None
         grad_weights[4 * d : 4 * d + 4] = _asked(asked, grad_ih, grad_hh, sums[: 3 * hidden], grad_bias_hh)
@@ -349,6 +385,39 @@ def _gru_gradients(ctx: Any, grad_output: Any, grad_h_n: Any, _: Any) -> tuple[T
         grad_reset_h if reset_h is not None else None,
         None, None, None, None, None, None,
     )  # fmt: skip
+
+
+def _is_plain(gates: Tensor, *unusual: Tensor | None) -> bool:
+    """Whether a backward operator takes what was saved as it is, and no transform is active."""
+    kept = gates.dim() == 4 and all(tensor is None for tensor in unusual)
+    return kept and (torch.compiler.is_compiling() or not transformed())
+
+
+class _Context(NamedTuple):
+    """What the gradients of a forward operator read of a context."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+    hints: tuple[int, bool]
+
+
+def _with_all_dimensions(gradients: Any, ctx: Any, states: int, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """The gradients of one step that left dimensions out, from those of the same step with all of them."""
+    inner = 1 + states
+    saved = (*_in_front(ctx.saved_tensors[:inner]), *ctx.saved_tensors[inner:])
+    grads = (grads[0], *_in_front(grads[1:inner]), *grads[inner:])
+    found = gradients(_Context(saved, ctx.needs_input_grad, ctx.hints), *grads)
+    return *(None if grad is None else grad.squeeze(0) for grad in found[:inner]), *found[inner:]
+
+
+def _in_front(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The tensors with a dimension in front."""
+    return [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
+
+
+def _count(weights: list[Tensor | None]) -> int:
+    """The number of directions that the flat weight arguments of an operator are for."""
+    return 1 if weights[len(weights) // 2] is None else 2
 
 
 def _asked(needs: tuple[bool, ...], *grads: Tensor | None) -> list[Tensor | None]:
@@ -620,39 +689,24 @@ def _plain(op: Any, setup: Any, gradients: Any, returned: slice = slice(None)) -
     return call
 
 
-class _Context(NamedTuple):
-    """What the gradients of a forward operator read of a context."""
+def _step(op: Any, setup: Any, gradients: Any, absent: tuple[Any, ...]) -> tuple[Any, Any, Any, slice]:
+    """A forward operator, its setup and its gradients for a cell, and which results are returned.
 
-    saved_tensors: tuple[Tensor | None, ...]
-    needs_input_grad: tuple[bool, ...]
-    hints: tuple[int, bool]
-
-
-def _step(op: Any, setup: Any, gradients: Any, states: int, absent: tuple[Any, ...]) -> tuple[Any, Any, Any, slice]:
-    """A forward operator, its setup and its gradients for a cell: input ``(N, I)``, states ``(N, H)``, weights, flag.
-
-    ``absent`` are the operator's arguments before ``training`` that are left out: each that is passed takes time. So do
-    nodes of the graph, of which those for the dimensions of steps and directions are spared.
+    Each argument and each result takes time. ``absent`` are the arguments before ``training`` that are left out; of the
+    results the first, h once more, and the last, the gates, are only saved.
     """
-    inner = 1 + states
 
-    def batched(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-        return [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
-
-    def run(*arguments: Any) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = op(*batched(arguments[:inner]), *arguments[inner:-1], *absent, arguments[-1])
-        for state in results[1:inner]:
-            state.squeeze_(0)  # a view could not be edited in place
-        return results
+    def run(*arguments: Any) -> Any:
+        return op(*arguments[:-1], *absent, arguments[-1])
 
     def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         setup(ctx, (*inputs[:-1], *absent, inputs[-1]), output)
 
     def gradients_of_step(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-        context = _Context((*batched(saved[:inner]), *saved[inner:]), needs + (False,) * len(absent), ctx.hints)
-        found = gradients(context, None, *batched(grads[:states]), *grads[states:], None)
-        return *(None if grad is None else grad.squeeze(0) for grad in found[:inner]), *found[inner : len(needs)]
+        needs = ctx.needs_input_grad
+        context = _Context(ctx.saved_tensors, needs + (False,) * len(absent), ctx.hints)
+        found: tuple[Tensor | None, ...] = gradients(context, None, *grads, None)
+        return found[: len(needs)]
 
     return run, set_up, gradients_of_step, slice(1, -1)
 
@@ -704,7 +758,7 @@ _GRU = (torch.ops.hsm_kernels.gru_forward.default, _gru_setup, _gru_gradients)
 plain_lstm_forward = _plain(*_LSTM)
 plain_gru_forward = _plain(*_GRU)
 
-#: ``(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, training)`` -> output, h, c, and what training needs.
-plain_lstm_step = _plain(*_step(*_LSTM, 2, (None,) * 11 + (0, False, False, False)))
-#: ``(input, h, weight_ih, weight_hh, bias_ih, bias_hh, training)`` -> output, h, and what training needs.
-plain_gru_step = _plain(*_step(*_GRU, 1, (None,) * 8 + (0, False, False)))
+#: ``(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, training)`` -> the new h and c, and c once more.
+plain_lstm_step = _plain(*_step(*_LSTM, (None,) * 11 + (0, False, False, False)))
+#: ``(input, h, weight_ih, weight_hh, bias_ih, bias_hh, training)`` -> the new h.
+plain_gru_step = _plain(*_step(*_GRU, (None,) * 8 + (0, False, False)))

@@ -493,6 +493,73 @@ def test_one_step_equals_many(device: torch.device, cell: str) -> None:
     torch.testing.assert_close(list(case.state), final, **exact)
 
 
+# Of a forward operator's arguments and results, then of a backward operator's: those of which one step leaves
+# dimensions out.
+SHORTENED = {
+    "LSTM": ((0, 1, 2), (1, 2), (1, 2, 4, 5, 6), (0, 2, 3)),
+    "GRU": ((0, 1), (1,), (1, 2, 3), (0, 1)),
+}
+
+
+def shortened(tensors: Any, positions: tuple[int, ...]) -> list[Any]:
+    """Leaves without their first dimension at ``positions``."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().squeeze(0).requires_grad_(tensor.requires_grad)
+
+    return [leaf(t) if k in positions and isinstance(t, Tensor) else t for k, t in enumerate(tensors)]
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias, no state": {"bias": False, "initial": False},
+    "resets": {"resets": True, "reset_state": True},
+    "recomputed": {"recompute": True},
+}
+
+
+@pytest.mark.parametrize("flags", STEPS)
+@pytest.mark.parametrize("cell, proj_size", [("LSTM", 0), ("LSTM", 3), ("GRU", 0)])
+def test_one_step_without_dimensions(poisoned_memory: None, cell: str, proj_size: int, flags: str) -> None:
+    """Those of steps and directions: they change no result, no gradient and no second one."""
+    case = Case(cell, steps=1, proj_size=proj_size, **STEPS[flags])
+    of_arguments, of_results, *of_backward = SHORTENED[cell]
+    forward, backward = (getattr(OPS, f"{cell.lower()}_{name}").default for name in ("forward", "backward"))
+    given = case.arguments(), shortened(case.arguments(), of_arguments)
+    wanted, found = (forward(*arguments) for arguments in given)
+    torch.testing.assert_close([*found], shortened(wanted, of_results), rtol=0, atol=0)
+    gradients = []
+    for arguments, results in zip(given, (wanted, found), strict=True):
+        loss = sum((result.square().sum() for result in results[:-1]), torch.zeros(()))
+        leaves = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad]
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(t.sum() for t in first), leaves)
+        again = torch.autograd.grad(sum(result.sum() for result in forward(*arguments)[:-1]), leaves)
+        gradients.append([t.reshape(-1) for t in (*first, *second, *again)])
+    torch.testing.assert_close(*gradients)
+
+    with torch.no_grad():
+        whole = backward_arguments(case)
+        short = shortened(whole, of_backward[0])
+        torch.testing.assert_close([*backward(*short)], shortened(backward(*whole), of_backward[1]), rtol=0, atol=0)
+
+
+@pytest.mark.requires_library
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("sizes", [{"steps": 2}, {"directions": 2, "steps": 1}], ids=str)
+def test_only_one_step_goes_without_dimensions(cell: str, sizes: dict[str, int]) -> None:
+    """More of them would read behind the input."""
+    arguments = [*backward_arguments(Case(cell, **sizes))]  # type: ignore[arg-type]
+    at = 4 if cell == "LSTM" else 2
+    arguments[at] = arguments[at][0]
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"must have shape \("):
+        getattr(OPS, f"{cell.lower()}_backward")(*arguments)
+    forward = [*Case(cell, directions=2).arguments(training=False)]
+    forward[0] = forward[0][0]
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"must have shape \("):
+        getattr(OPS, f"{cell.lower()}_forward")(*forward)
+
+
 FLAGS = {
     "plain": {},
     "no bias, no state": {"bias": False, "initial": False},
@@ -510,6 +577,17 @@ def test_opcheck(cell: str, proj_size: int, flags: str) -> None:
     name = cell.lower()
     torch.library.opcheck(getattr(OPS, f"{name}_forward").default, case.arguments())
     torch.library.opcheck(getattr(OPS, f"{name}_backward").default, backward_arguments(case))
+
+
+@pytest.mark.parametrize("flags", STEPS)
+@pytest.mark.parametrize("cell, proj_size", [("LSTM", 0), ("LSTM", 3), ("GRU", 0)])
+def test_opcheck_without_dimensions(cell: str, proj_size: int, flags: str) -> None:
+    case = Case(cell, steps=1, proj_size=proj_size, **STEPS[flags])
+    forward, _, backward, _ = SHORTENED[cell]
+    name = cell.lower()
+    torch.library.opcheck(getattr(OPS, f"{name}_forward").default, tuple(shortened(case.arguments(), forward)))
+    arguments = shortened(backward_arguments(case), backward)
+    torch.library.opcheck(getattr(OPS, f"{name}_backward").default, tuple(arguments))
 
 
 def backward_arguments(case: Case) -> tuple[Any, ...]:

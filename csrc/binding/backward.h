@@ -57,15 +57,15 @@ class BackwardPass {
     constexpr int64_t bytes = 1 << 20, fewest_rows = 192;  // what a chunk may take of the cache; what a product needs to be fast
     const int64_t row_bytes = 4 * int64_t{z_.hidden} * element_bytes(z_.dtype);
     const int64_t rows = std::max(bytes / row_bytes, fewest_rows) * threads().count, steps = std::max<int64_t>(1, rows / z_.batch);
-    const bool own = takes_own_product(z_.dtype, std::min(rows, gate_columns(z_)), std::min(t_.input.size(2), int64_t{z_.hidden_out}));
+    const bool own = takes_own_product(z_.dtype, std::min(rows, gate_columns(z_)), std::min(t_.input.size(-1), int64_t{z_.hidden_out}));
     if (!own) return z_.steps;
     const int64_t chunks = (z_.steps + steps - 1) / steps;  // of equal size: a short one would be slow
     return (z_.steps + chunks - 1) / chunks;
   }
 
-  // Some steps of a contiguous (L, N, X) tensor as (steps * N, X).
+  // Some steps of a contiguous (L, N, X) tensor as (steps * N, X); (N, X) is one step.
   Matrix rows_of(const Tensor& tensor, const Steps& steps) const {
-    const int64_t columns = tensor.size(2);
+    const int64_t columns = tensor.size(-1);
     return matrix_in(z_.dtype, tensor, steps.begin * z_.batch * columns, steps.count() * z_.batch, columns);
   }
 
@@ -159,7 +159,7 @@ class BackwardPass {
     const int64_t hidden = z_.hidden;
     const Matrix gates = of.among(grad_gates(d, steps_[d], 0, 4 * hidden), z_.batch);
     const Matrix input = of.among(rows_of(t_.input, steps_[d]), z_.batch);
-    const Matrix weight_ih = sum(results_.weight_ih[d], of, gate_columns(z_), t_.input.size(2));
+    const Matrix weight_ih = sum(results_.weight_ih[d], of, gate_columns(z_), t_.input.size(-1));
     multiply_into(gates.column_range(0, gate_columns(z_)).transposed(), input, weight_ih, !of.first);
     const Matrix weight_hh = sum(results_.weight_hh[d], of, gate_columns(z_), z_.hidden_out);
     if (z_.cell == CellKind::lstm) {

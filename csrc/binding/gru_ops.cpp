@@ -15,21 +15,21 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(
     MaybeTensor reset_mask, MaybeTensor reset_h, MaybeTensor detach_mask, MaybeTensor lengths, int64_t detach_every, bool allow_tf32, bool recompute,
     bool training) {
   const char* op = "gru_forward";
-  STD_TORCH_CHECK(input.dim() == 3, op, ": input must have shape (L, N, I), got ", text(shape_of(input)));
   const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, {}},
                                         {weight_ih_reverse, weight_hh_reverse, bias_ih_reverse, bias_hh_reverse, {}});
   ForwardParams p{};
   Sizes& z = p.sizes;
-  z = sizes_of(op, CellKind::gru, input, input.size(0), input.size(1), directions.size(), weight_hh, false);
+  z = sizes_of_forward(op, CellKind::gru, input, directions.size(), weight_hh, false);
   const int64_t hidden = z.hidden;
   const Device device(op, input, allow_tf32);
   Arguments arguments(op, input);
   p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, {}, detach_mask, lengths, detach_every);
-  p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, hidden});
+  const Shape h_shape = state_shape(z, input, hidden);
+  p.h_0 = arguments.pointer("h_0", h_0, h_shape);
   add_weights_and_input<Device>(arguments, input, directions, training, p);
 
   Tensor output = device.empty({z.steps, z.batch, z.directions * hidden});
-  Tensor h_n = device.empty({z.directions, z.batch, hidden});
+  Tensor h_n = device.empty(h_shape);
   const bool save_gates = training && !recompute;
   Tensor gates = device.empty(save_gates ? Shape{z.steps, z.batch, z.directions, 4 * hidden} : Shape{0});
   p.training = training;
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Sizes& z = p.sizes;
   z = sizes_of(op, CellKind::gru, output, output.size(0), output.size(1), directions.size(), weight_hh, false);
   const int64_t hidden = z.hidden;
-  const Shape h_shape{z.directions, z.batch, hidden}, h_steps{z.steps, z.batch, z.directions * hidden};
+  const Shape h_shape = state_shape(z, input, hidden), h_steps{z.steps, z.batch, z.directions * hidden};
   const Device device(op, output, allow_tf32);
   Arguments arguments(op, output);
   p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, {}, detach_mask, lengths, detach_every);
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.grad_h_n = arguments.pointer("grad_h_n", grad_h_n, h_shape);
 
   p.recompute = !gates;
-  Tensor grad_h_0 = device.empty(h_shape), grad_reset_h = device.empty(reset_h ? h_shape : Shape{0});
+  Tensor grad_h_0 = device.empty(h_shape), grad_reset_h = device.empty(reset_h ? Shape{z.directions, z.batch, hidden} : Shape{0});
   p.grad_h_0 = grad_h_0.mutable_data_ptr();
   p.grad_reset_h = reset_h ? grad_reset_h.mutable_data_ptr() : nullptr;
   const BackwardTensors tensors = backward_tensors(op, z, p.boundaries, input, output, h_0, entering, directions, needs_input, samples);

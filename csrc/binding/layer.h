@@ -29,6 +29,25 @@ inline Sizes sizes_of(const char* op, CellKind cell, const Tensor& like, int64_t
           static_cast<int>(weight_hh.size(1)), projection};
 }
 
+inline Sizes sizes_of_forward(const char* op, CellKind cell, const Tensor& input, size_t directions, const Tensor& weight_hh, bool projection) {
+  STD_TORCH_CHECK(input.dim() == 2 || input.dim() == 3, op, ": input must have shape (L, N, I), or (N, I) for one step, got ",
+                  text(shape_of(input)));
+  return sizes_of(op, cell, input, input.dim() == 2 ? 1 : input.size(0), input.size(-2), directions, weight_hh, projection);
+}
+
+// Whether the call leaves out the dimensions of steps and directions, which are 1, in its input, its states and their gradients.
+inline bool leaves_dimensions_out(const Sizes& z, const Tensor& input) { return input.dim() == 2 && z.steps == 1 && z.directions == 1; }
+
+inline Shape input_shape(const Sizes& z, const Tensor& input) {
+  if (leaves_dimensions_out(z, input)) return {z.batch, input.size(-1)};
+  return {z.steps, z.batch, input.size(-1)};
+}
+
+inline Shape state_shape(const Sizes& z, const Tensor& input, int64_t size) {
+  if (leaves_dimensions_out(z, input)) return {z.batch, size};
+  return {z.directions, z.batch, size};
+}
+
 inline Boundaries boundaries_of(Arguments& arguments, const Sizes& z, const MaybeTensor& reset_mask, const MaybeTensor& reset_h,
                                 const MaybeTensor& reset_c, const MaybeTensor& detach_mask, const MaybeTensor& lengths,
                                 int64_t detach_every) {
@@ -57,8 +76,8 @@ void add_weights_and_input(Arguments& arguments, const Tensor& input, const std:
   p.bfloat16_weights = Device::widens_weights && !training && type == ScalarType::Float &&
                        directions[0].weight_hh->scalar_type() == ScalarType::BFloat16;
   if (p.bfloat16_weights) type = ScalarType::BFloat16;
-  p.input_size = input.size(2);
-  const Shape shape{p.sizes.steps, p.sizes.batch, p.input_size};
+  p.input_size = input.size(-1);
+  const Shape shape = input_shape(p.sizes, input);
   if (Device::takes_strides) {
     p.input = arguments.rows("input", input, shape, p.input_step_stride, p.input_batch_stride);
   } else {
@@ -88,7 +107,7 @@ inline BackwardTensors backward_tensors(const char* op, const Sizes& z, const Bo
   const Tensor& like = *directions[0].weight_hh;
   check_type(op, "output", output, like.scalar_type(), like);
   check_type(op, "input", input, like.scalar_type(), like);
-  check_shape(op, "input", input, {z.steps, z.batch, input.size(2)});
+  check_shape(op, "input", input, input_shape(z, input));
   check_shape(op, "output", output, {z.steps, z.batch, z.directions * int64_t{z.hidden_out}});
   STD_TORCH_CHECK(samples >= 0 && (samples == 0 || z.batch % samples == 0), op, ": samples must be a divisor of N = ", z.batch, ", got ", samples);
   STD_TORCH_CHECK(entering || !(boundaries.reset_mask || boundaries.lengths), op, ": entering must be given with reset_mask or lengths");
@@ -102,7 +121,7 @@ inline BackwardTensors backward_tensors(const char* op, const Sizes& z, const Bo
   }
   for (const DirectionTensors& w : directions) {
     check_type(op, "weight_ih", *w.weight_ih, like.scalar_type(), like);
-    check_shape(op, "weight_ih", *w.weight_ih, {w.weight_hh->size(0), input.size(2)});
+    check_shape(op, "weight_ih", *w.weight_ih, {w.weight_hh->size(0), input.size(-1)});
     tensors.weight_ih.push_back(contiguous(op, "weight_ih", *w.weight_ih));
     tensors.weight_hh.push_back(contiguous(op, "weight_hh", *w.weight_hh));
   }
@@ -119,9 +138,9 @@ struct LayerGradients {
 // Room for the gradients of a layer; those that nothing needs have shape (0,).
 template <class Device>
 LayerGradients empty_gradients(const Device& device, const Sizes& z, const BackwardTensors& tensors) {
-  const int64_t inputs = tensors.input.size(2), gates = gate_columns(z);
+  const int64_t inputs = tensors.input.size(-1), gates = gate_columns(z);
   LayerGradients gradients;
-  gradients.input = device.empty(tensors.needs_input ? Shape{z.steps, z.batch, inputs} : Shape{0});
+  gradients.input = device.empty(tensors.needs_input ? input_shape(z, tensors.input) : Shape{0});
   for (int d = 0; d < max_directions; ++d) {
     const auto of_samples = [&](const Shape& shape) {
       if (tensors.samples == 0 || d >= z.directions) return device.empty({0});

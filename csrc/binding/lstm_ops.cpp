@@ -15,21 +15,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
     MaybeTensor bias_hh_reverse, MaybeTensor weight_hr_reverse, MaybeTensor reset_mask, MaybeTensor reset_h, MaybeTensor reset_c,
     MaybeTensor detach_mask, MaybeTensor lengths, int64_t detach_every, bool allow_tf32, bool return_states, bool recompute, bool training) {
   const char* op = "lstm_forward";
-  STD_TORCH_CHECK(input.dim() == 3, op, ": input must have shape (L, N, I), got ", text(shape_of(input)));
   const auto directions = directions_of({weight_ih, weight_hh, bias_ih, bias_hh, weight_hr},
                                         {weight_ih_reverse, weight_hh_reverse, bias_ih_reverse, bias_hh_reverse, weight_hr_reverse});
   ForwardParams p{};
   Sizes& z = p.sizes;
-  z = sizes_of(op, CellKind::lstm, input, input.size(0), input.size(1), directions.size(), weight_hh, weight_hr.has_value());
+  z = sizes_of_forward(op, CellKind::lstm, input, directions.size(), weight_hh, weight_hr.has_value());
   const Device device(op, input, allow_tf32);
   Arguments arguments(op, input);
   p.boundaries = boundaries_of(arguments, z, reset_mask, reset_h, reset_c, detach_mask, lengths, detach_every);
-  p.h_0 = arguments.pointer("h_0", h_0, {z.directions, z.batch, z.hidden_out});
-  p.c_0 = arguments.pointer("c_0", c_0, {z.directions, z.batch, z.hidden});
+  const Shape h_shape = state_shape(z, input, z.hidden_out), c_shape = state_shape(z, input, z.hidden);
+  p.h_0 = arguments.pointer("h_0", h_0, h_shape);
+  p.c_0 = arguments.pointer("c_0", c_0, c_shape);
   add_weights_and_input<Device>(arguments, input, directions, training, p);
 
   Tensor output = device.empty({z.steps, z.batch, z.directions * static_cast<int64_t>(z.hidden_out)});
-  Tensor h_n = device.empty({z.directions, z.batch, z.hidden_out}), c_n = device.empty({z.directions, z.batch, z.hidden});
+  Tensor h_n = device.empty(h_shape), c_n = device.empty(c_shape);
   const bool keep_c = training || return_states, save_gates = training && !recompute;
   Tensor c_states = device.empty(keep_c ? Shape{z.steps, z.batch, z.directions, z.hidden} : Shape{0});
   Tensor gates = device.empty(save_gates ? Shape{z.steps, z.batch, z.directions, 4 * static_cast<int64_t>(z.hidden)} : Shape{0});
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Sizes& z = p.sizes;
   z = sizes_of(op, CellKind::lstm, c_states, c_states.size(0), c_states.size(1), directions.size(), weight_hh, weight_hr.has_value());
   const int64_t hidden = z.hidden, out = z.hidden_out;
-  const Shape h_shape{z.directions, z.batch, out}, c_shape{z.directions, z.batch, hidden}, c_steps{z.steps, z.batch, z.directions, hidden};
+  const Shape h_shape = state_shape(z, input, out), c_shape = state_shape(z, input, hidden), c_steps{z.steps, z.batch, z.directions, hidden};
   const Device device(op, c_states, allow_tf32);
   Arguments arguments(op, c_states);
   p.boundaries = boundaries_of(arguments, z, reset_mask, {}, reset_c, detach_mask, lengths, detach_every);
@@ -76,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.recompute = !gates;
   Tensor grad_h = device.empty(z.projection ? Shape{z.steps, z.batch, z.directions, out} : Shape{0});
   Tensor grad_h_0 = device.empty(h_shape), grad_c_0 = device.empty(c_shape);
-  Tensor grad_reset_h = device.empty(resets ? h_shape : Shape{0}), grad_reset_c = device.empty(resets ? c_shape : Shape{0});
+  Tensor grad_reset_h = device.empty(resets ? Shape{z.directions, z.batch, out} : Shape{0});
+  Tensor grad_reset_c = device.empty(resets ? Shape{z.directions, z.batch, hidden} : Shape{0});
   p.grad_h = grad_h.mutable_data_ptr();
   p.grad_h_0 = grad_h_0.mutable_data_ptr();
   p.grad_c_0 = grad_c_0.mutable_data_ptr();

@@ -147,11 +147,11 @@ class Arguments {
   const void* pointer(const char* name, const MaybeTensor& tensor, const Shape& shape, ScalarType dtype) {
     return tensor ? keep(name, *tensor, shape, dtype).const_data_ptr() : nullptr;
   }
-  // A tensor of three dimensions keeps the strides of the first two.
+  // A tensor of two or three dimensions keeps the strides of all but the last.
   const void* rows(const char* name, const Tensor& tensor, const Shape& shape, int64_t& stride_0, int64_t& stride_1) {
-    const Tensor& kept = keep(name, tensor, shape, dtype_, tensor.stride(2) == 1);
-    stride_0 = kept.stride(0);
-    stride_1 = kept.stride(1);
+    const Tensor& kept = keep(name, tensor, shape, dtype_, tensor.stride(-1) == 1);
+    stride_0 = kept.dim() == 3 ? kept.stride(0) : 0;
+    stride_1 = kept.stride(-2);
     return kept.const_data_ptr();
   }
   const int64_t* lengths(const MaybeTensor& tensor, int64_t batch) {

@@ -92,7 +92,7 @@ void CudaDevice::forward(ForwardParams& p) const {
 
 LayerGradients CudaDevice::backward(BackwardParams& p, const BackwardTensors& t) const {
   const LayerGradients results = empty_gradients(*this, p.sizes, t);
-  cuda::BackwardLayer layer{p, t.input.const_data_ptr(), t.input.size(2)};
+  cuda::BackwardLayer layer{p, t.input.const_data_ptr(), t.input.size(-1)};
   layer.gradients.samples = t.samples;
   layer.params.output = t.output.const_data_ptr();
   layer.params.h_0 = t.h_0 ? t.h_0->const_data_ptr() : nullptr;
