@@ -1,4 +1,4 @@
-"""Measure what a short call costs beside its kernel, per-sample gradients, and a compiled training step.
+"""Measure what short calls cost beside their kernel, per-sample gradients, and a compiled training step.
 
     python benchmarks/bench_transforms.py            # all rows, three minutes
     python benchmarks/bench_transforms.py --check    # tiny sizes, to see that everything works
@@ -42,6 +42,7 @@ class Sizes:
     """The sizes of all rows."""
 
     call: int  # H
+    cells: tuple[int, int, tuple[int, ...]]  # L, H, and N of each row
     samples: tuple[int, int, int]  # samples, L, H
     models: tuple[tuple[int, int, int], ...]  # L, N, H of the character model
     effort: Effort
@@ -49,12 +50,14 @@ class Sizes:
 
 QUICK = Sizes(
     call=64,
+    cells=(8, 64, (1, 64)),
     samples=(64, 64, 128),
     models=((64, 32, 256), (16, 8, 64)),
     effort=Effort(block_seconds=0.02, row_seconds=6.0, fewest_rounds=5, most_rounds=60),
 )
 CHECK = Sizes(
     call=8,
+    cells=(2, 8, (3,)),
     samples=(3, 4, 8),
     models=((4, 2, 8),),
     effort=Effort(block_seconds=0.001, row_seconds=0.02, fewest_rounds=2, most_rounds=3),
@@ -97,6 +100,22 @@ def operator_call(problem: Problem) -> Call:
     flags = (0, *[False] * (2 + len(states)))
     arguments = (problem.input, *states, *weights, *nothing, *flags)
     return lambda: operator(*arguments)[: 1 + len(states)]
+
+
+def cell_loops(case: Case) -> dict[str, Call]:
+    """Steps of a cell one by one: the last h, and the gradients of all inputs and of all weights."""
+    torch.manual_seed(0)
+    torch_nn = getattr(nn, f"{case.op}Cell")(case.hidden, case.hidden)
+    inputs = [torch.randn(case.batch, case.hidden, requires_grad=True) for _ in range(case.length)]
+
+    def loop(cell: nn.RNNCellBase) -> tuple[Tensor, ...]:
+        state = None
+        for x in inputs:
+            state = cell(x, state)
+        h = state[0] if isinstance(state, tuple) else state
+        return h.detach(), *torch.autograd.grad(h.sum(), [*inputs, *cell.parameters()])
+
+    return {TORCH: partial(loop, torch_nn), OURS: partial(loop, hsm.from_torch(torch_nn))}
 
 
 # Per-sample gradients
@@ -181,6 +200,10 @@ def all_rows(sizes: Sizes, threads: int) -> list[Row]:
         rows.append(Row("call", one, calls, (against_torch, bare), without_gradients=True))
         training = Comparison(OURS, TORCH, at_most(1.2))
         rows.append(Row("training call", replace(one, kind="training"), calls, (training,)))
+        length, hidden, batches = sizes.cells
+        for batch in batches:
+            case = replace(one, kind="training", length=length, batch=batch, hidden=hidden)
+            rows.append(Row("cell in a loop", case, cell_loops, (against_torch,)))
         samples, length, hidden = sizes.samples
         case = replace(one, kind="training", length=length, hidden=hidden)
         against_loops = (Comparison(LOOP[OURS], VMAP), Comparison(LOOP[TORCH], VMAP, Target("at least", 10)))

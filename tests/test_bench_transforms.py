@@ -29,9 +29,9 @@ def test_check_measures_every_row() -> None:
     for cell in ("LSTM", "GRU"):
         rows = [line for line in done.stdout.splitlines() if line.startswith(f"{cell} ")]
         assert [row.partition(" L=")[0].removeprefix(f"{cell} ") for row in rows] == [
-            "call", "training call", "3 per-sample gradients", "character model",
+            "call", "training call", "cell in a loop", "3 per-sample gradients", "character model",
         ]  # fmt: skip
-    assert done.stdout.count("met") + done.stdout.count("missed") == 2 * 6
+    assert done.stdout.count("met") + done.stdout.count("missed") == 2 * 7
 
 
 def test_results_that_differ_are_named(
