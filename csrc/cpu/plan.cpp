@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 #include "common/segments.h"
@@ -22,6 +23,15 @@ int64_t choose_slots(int64_t segments, int64_t sequences) {
 }
 
 Plan::Plan(const Sizes& sizes, const Boundaries& boundaries, bool backward) : sequence_starts_(sizes.batch + 1) {
+  const bool whole = !boundaries.lengths && !boundaries.reset_mask && !(backward && boundaries.detach_mask);
+  if (whole && sizes.steps > 0 && sizes.batch <= std::numeric_limits<int32_t>::max()) {
+    // What all that follows comes to: a slot for each sequence, which is one segment.
+    std::iota(sequence_starts_.begin(), sequence_starts_.end(), 0);
+    slot_starts_ = sequence_starts_;
+    segments_.resize(sizes.batch);
+    for (int32_t n = 0; n < sizes.batch; ++n) segments_[n] = {n, 0, static_cast<int32_t>(sizes.steps), n};
+    return;
+  }
   const Sequences at{boundaries, sizes.steps};
   int64_t count = 0, sequences = 0;
   for (int64_t n = 0; n < sizes.batch; ++n) {
