@@ -600,14 +600,14 @@ def _gru_tangents(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
     return h.flatten(-2), h_n, None
 
 
-def below_autograd(op: Any) -> Any:
-    """``op``, called without a look at gradients."""
+def below_autograd(op: Any, returned: slice = slice(None)) -> Any:
+    """``op``, called without a look at gradients, for all or some of its results."""
 
     def call(*arguments: Any) -> Any:
         if torch.is_inference_mode_enabled():  # which leaves autograd out by itself
-            return op(*arguments)
+            return op(*arguments)[returned]
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+            return op(*arguments)[returned]
 
     return call
 
@@ -679,14 +679,9 @@ def _eager(op: Any, setup: Any, gradients: Any, tangents: Any, rule: Any) -> Any
     return call
 
 
-def _plain(op: Any, setup: Any, gradients: Any, returned: slice = slice(None)) -> Any:
-    """``op``, called where no transform is active; its last argument, ``training``, says if a gradient is needed."""
-    function, without_gradients = _function(op, setup, gradients, returned), below_autograd(op)
-
-    def call(*arguments: Any) -> Any:
-        return function.apply(*arguments) if arguments[-1] else without_gradients(*arguments)[returned]
-
-    return call
+def _plain(op: Any, setup: Any, gradients: Any, returned: slice = slice(None)) -> tuple[Any, Any]:
+    """``op`` without and with gradients, to be called where no transform is active."""
+    return below_autograd(op, returned), _function(op, setup, gradients, returned).apply
 
 
 def _step(op: Any, setup: Any, gradients: Any, absent: tuple[Any, ...]) -> tuple[Any, Any, Any, slice]:
@@ -754,11 +749,11 @@ def gru_forward(*arguments: Any) -> Any:
 _LSTM = (torch.ops.hsm_kernels.lstm_forward.default, _lstm_setup, _lstm_gradients)
 _GRU = (torch.ops.hsm_kernels.gru_forward.default, _gru_setup, _gru_gradients)
 
-#: The operators, for calls that no transform sees.
+#: For calls that no transform sees: the operator without gradients, and with them. ``training`` is an index.
 plain_lstm_forward = _plain(*_LSTM)
 plain_gru_forward = _plain(*_GRU)
 
-#: ``(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, training)`` -> the new h and c, and c once more.
+#: Likewise ``(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, training)`` -> the new h and c, and c once more.
 plain_lstm_step = _plain(*_step(*_LSTM, (None,) * 11 + (0, False, False, False)))
 #: ``(input, h, weight_ih, weight_hh, bias_ih, bias_hh, training)`` -> the new h.
 plain_gru_step = _plain(*_step(*_GRU, (None,) * 8 + (0, False, False)))

@@ -44,9 +44,9 @@ def lstm(
     forward, reverse = directions if len(directions) == 2 else (directions[0], _NO_WEIGHTS)
     if len(forward) == 4:
         forward = (*forward, None)
-    training = _ops.needs_gradient(*forward, *reverse, input, h_0, c_0)
+    training = torch.is_grad_enabled() and _ops.needs_gradient(*forward, *reverse, input, h_0, c_0)
     try:
-        output, h_n, c_n, _, _ = _ops.plain_lstm_forward(
+        output, h_n, c_n, _, _ = _ops.plain_lstm_forward[training](
             input, h_0, c_0, *forward, *reverse, None, None, None, None, None, 0, False, False, recompute, training
         )
     except RuntimeError:
@@ -61,9 +61,9 @@ def gru(
     if not _is_plain(input) or not (hx is None or type(hx) is Tensor):
         return None
     forward, reverse = directions if len(directions) == 2 else (directions[0], _NO_WEIGHTS)
-    training = _ops.needs_gradient(*forward, *reverse, input, hx)
+    training = torch.is_grad_enabled() and _ops.needs_gradient(*forward, *reverse, input, hx)
     try:
-        output, h_n, _ = _ops.plain_gru_forward(
+        output, h_n, _ = _ops.plain_gru_forward[training](
             input, hx, *forward[:4], *reverse[:4], None, None, None, None, 0, False, recompute, training
         )
     except RuntimeError:
@@ -81,11 +81,12 @@ def gru_cell(input: Any, hx: Any, weights: _Weights) -> tuple[Tensor, ...] | Non
     return _cell(_ops.plain_gru_step, input, (None,) if hx is None else hx, weights)
 
 
-def _cell(step: Any, input: Any, state: tuple[Any, ...], weights: _Weights) -> tuple[Tensor, ...] | None:
+def _cell(step: tuple[Any, Any], input: Any, state: tuple[Any, ...], weights: _Weights) -> tuple[Tensor, ...] | None:
     if not _is_plain(input) or any(part is not None and type(part) is not Tensor for part in state):
         return None
+    training = torch.is_grad_enabled() and _ops.needs_gradient(*weights, input, *state)
     try:
-        results = step(input, *state, *weights, _ops.needs_gradient(*weights, input, *state))
+        results = step[training](input, *state, *weights, training)
     except RuntimeError:
         return None
     new: tuple[Tensor, ...] = results[: len(state)]

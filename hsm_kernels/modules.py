@@ -62,8 +62,7 @@ class _RNN(nn.RNNBase):
         """
         parameters = self._parameters
         for reference, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
-            weight = None if reference is None else reference()
-            if weight is None or weight is not parameters.get(name):
+            if reference is None or reference() is not parameters.get(name, self):  # no parameter is a module
                 return False
         return True
 
