@@ -198,8 +198,7 @@ def all_rows(sizes: Sizes, threads: int) -> list[Row]:
         against_torch = Comparison(OURS, TORCH, at_most(1))
         bare = Comparison(OURS, OPERATOR, at_most(2))
         rows.append(Row("call", one, calls, (against_torch, bare), without_gradients=True))
-        training = Comparison(OURS, TORCH, at_most(1.2))
-        rows.append(Row("training call", replace(one, kind="training"), calls, (training,)))
+        rows.append(Row("training call", replace(one, kind="training"), calls, (against_torch,)))
         length, hidden, batches = sizes.cells
         for batch in batches:
             case = replace(one, kind="training", length=length, batch=batch, hidden=hidden)
