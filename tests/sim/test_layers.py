@@ -136,9 +136,10 @@ def test_modules(cell: str) -> None:
 
 @pytest.mark.skipif(SANITIZED, reason="it is this run")
 @pytest.mark.slow
-def test_sanitizers_accept_the_kernels() -> None:
-    """Some of these tests once more under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "shapes or modules"]
+def test_sanitizers_accept_the_kernels(request: pytest.FixtureRequest) -> None:
+    """Some of these tests once more under AddressSanitizer and UndefinedBehaviorSanitizer, with the same library."""
+    chosen = f"(shapes or modules) and {request.node.callspec.id.replace(' ', ' and ')}"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run(
         [*command, Path(__file__).name],
         env=sanitized_environment(),
