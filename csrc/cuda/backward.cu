@@ -204,7 +204,7 @@ class BackwardPass {
     round_.carried = arena.take_bytes(carrying * hidden * wide_bytes_);
     round_.grad_h = arena.take_bytes(z_.projection ? lanes * out * element_ : 0);
     round_.from_h = arena.take_bytes(z_.projection ? lanes * hidden * wide_bytes_ : 0);
-    round_.visits = {true, z_.steps, z_.batch};
+    round_.visits = {true, z_.steps};
     round_.visits.slots = plan_.all_slots;
     if (plan_.deals) scheduler_.reserve(arena, z_, plan_.all_slots, chunk_);
     const int64_t handed = adds_chunks() ? rows * wide_bytes_ : 0;

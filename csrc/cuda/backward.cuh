@@ -51,8 +51,9 @@ struct BackwardVisit {
 HSM_DEVICE BackwardVisit visit_of(const BackwardRound& s, int direction, int64_t lane) {
   const Sizes& z = s.params.sizes;
   const Sequences sequences{s.params.boundaries, z.steps};
-  const int64_t n = lane % z.batch, chunk_begin = s.params.first_step[direction], chunk_end = chunk_begin + s.chunk_steps;
-  const int64_t begin = chunk_begin + lane / z.batch * s.segment_steps;
+  const unsigned number = static_cast<unsigned>(lane), batch = static_cast<unsigned>(z.batch);  // 64 bits take a GPU long to divide
+  const int64_t n = number % batch, chunk_begin = s.params.first_step[direction], chunk_end = chunk_begin + s.chunk_steps;
+  const int64_t begin = chunk_begin + number / batch * s.segment_steps;
   const int64_t end = begin + s.segment_steps < chunk_end ? begin + s.segment_steps : chunk_end;
   const int reverse = direction;
   const int64_t step = reverse ? begin + s.index : end - 1 - s.index, before = reverse ? step - 1 : step + 1;
@@ -80,13 +81,19 @@ HSM_DEVICE BackwardVisit visit_of(const BackwardRound& s, int direction, int64_t
 
 // Of a slot; `before`: its visit in the round before.
 HSM_DEVICE BackwardVisit visit_of(int direction, const Visit& visit, const Visit& before) {
-  const bool runs = visit.has(Visit::is_step), reset = before.has(Visit::reset), initial = before.has(Visit::initial);
-  const bool ends = before.has(Visit::first), open = ends && !reset && !before.has(Visit::detached);
-  return {direction,           visit.sequence(),          visit.step,
-          runs,                runs,                      visit.has(Visit::last),
-          visit.has(Visit::carries), visit.has(Visit::initial), visit.has(Visit::reset),
-          before.sequence(),   before.step,               before.has(Visit::is_step) && !ends,
-          open && initial,     reset,                     open && !initial};
+  BackwardVisit out{direction, visit.sequence(), visit.step};
+  out.has_step = out.runs = visit.has(Visit::is_step);
+  out.leaves = visit.has(Visit::last);
+  out.carries = visit.has(Visit::carries);
+  out.enters_initial = visit.has(Visit::initial);
+  out.enters_reset = visit.has(Visit::reset);
+  out.from_sequence = before.sequence(), out.from_step = before.step;
+  const bool ends = before.has(Visit::first), open = ends && !before.has(Visit::reset) && !before.has(Visit::detached);
+  out.goes_on = before.has(Visit::is_step) && !ends;
+  out.to_reset = before.has(Visit::reset);
+  out.to_initial = open && before.has(Visit::initial);
+  out.to_chunk = open && !before.has(Visit::initial);
+  return out;
 }
 
 HSM_DEVICE int64_t state_of(const BackwardVisit& visit, const Sizes& z) { return visit.direction * z.batch + visit.sequence; }

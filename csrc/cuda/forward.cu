@@ -99,7 +99,7 @@ class ForwardPass {
     round_.next_c = arena.take_bytes(steps || !lstm ? 0 : rows * z_.hidden * wide);
     const bool grid = plan_.variant == Variant::grid;
     round_.slot_state = arena.take_bytes(grid ? z_.directions * plan_.all_slots * z_.hidden * wide : 0);
-    round_.visits = {false, z_.steps, z_.batch};
+    round_.visits = {false, z_.steps};
     round_.visits.slots = plan_.all_slots;
     if (plan_.deals) scheduler_.reserve(arena, z_, plan_.all_slots, chunk_);
     round_.cell_output = arena.take_bytes(z_.projection ? rows * z_.hidden * element : 0);

@@ -116,17 +116,16 @@ struct Ends {
 
 HSM_DEVICE Ends ends_of(const Schedule& s, int direction, const Schedule::Run& run) {
   const Sequences sequences{s.boundaries, s.steps};
-  const int64_t n = run.sequence, begin = run.begin, end = begin + run.steps, length = sequences.length(n);
-  const int64_t entry = direction ? end : begin, exit = direction ? begin : end;
+  const Segment segment{run.sequence, run.begin, run.begin + run.steps, 0};
+  const Entry entry = sequences.entry(direction, segment);
   Ends ends{Visit::first, 0};
-  if (entry == (direction ? length : 0)) ends.first |= Visit::initial;
-  if (sequences.resets(entry, n))
-    ends.first |= Visit::reset;
-  else if (s.backward && sequences.detaches(entry, n))
-    ends.first |= Visit::detached;
-  if (exit == (direction ? 0 : length))
+  if (entry.initial) ends.first |= Visit::initial;
+  if (entry.reset) ends.first |= Visit::reset;
+  // Where the chunk ends nothing need be cut.
+  if (s.backward && entry.detached && sequences.detaches(direction ? segment.end : segment.begin, run.sequence)) ends.first |= Visit::detached;
+  if (sequences.leaves(direction, segment))
     ends.last |= Visit::last;
-  else if (!cuts(sequences, s.backward, exit, n))
+  else if (!cuts(sequences, s.backward, direction ? segment.begin : segment.end, run.sequence))
     ends.last |= Visit::carries;
   return ends;
 }

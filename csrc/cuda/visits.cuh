@@ -13,12 +13,12 @@ namespace cuda {
 struct Visit {
   enum Flag : uint32_t {
     is_step = 1,
-    first = 2,     // of its segment: the state that enters it lies in memory
-    initial = 4,   // and is that of the sequence,
-    reset = 8,     // or what it is reset to; else that which left the step before
-    detached = 16, // no gradient leaves by it
-    last = 32,     // of its sequence
-    carries = 64,  // last of the chunk, but not of its segment: the next chunk goes on from its state, and the gradient of that comes from there
+    first = 2,      // of its segment: the state that enters it lies in memory
+    initial = 4,    // and is that of the sequence,
+    reset = 8,      // or what it is reset to; else that which left the step before
+    detached = 16,  // no gradient leaves by it
+    last = 32,      // of its sequence
+    carries = 64,   // last of the chunk, but not of its segment: the next chunk goes on from its state, and the gradient of that comes from there
   };
   static constexpr int flag_bits = visit_flag_bits;
 
@@ -32,7 +32,7 @@ struct Visit {
 // Those of a chunk: in each direction the positions [begin, end) in the order in which it goes. The backward pass goes through them from the end.
 struct Visits {
   bool backward;
-  int64_t steps, batch;  // of the call
+  int64_t steps;  // of the call
   int64_t begin, end;
   int64_t slots;
   const Visit* table;     // (D, slots, most_rounds), or null

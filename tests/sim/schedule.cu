@@ -42,7 +42,7 @@ SIM_EXPORT int schedule_make(int steps, int batch, int directions, int slots, in
   boundaries.reset_mask = reset, boundaries.reset_step_stride = batch, boundaries.reset_batch_stride = 1;
   boundaries.detach_mask = detach, boundaries.detach_step_stride = batch, boundaries.detach_batch_stride = 1;
   boundaries.lengths = lengths;
-  Visits made{backward, steps, batch, begin, end};
+  Visits made{backward, steps, begin, end};
   const Products none{};
   Queue queue(nullptr, none);
   call.scheduler.make(queue, boundaries, made);
